@@ -1,0 +1,5 @@
+"""`python -m dataplane` is the command `dataplane`."""
+
+from dataplane.cli import main
+
+main()

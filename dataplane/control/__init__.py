@@ -1,0 +1,1 @@
+"""Floor 3: the control socket between consumers, command line and supervisor."""

@@ -1,0 +1,1 @@
+"""The processes of a running dataplane: supervisor, RX and continuation workers, ready-made consumers."""

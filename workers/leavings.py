@@ -1,0 +1,114 @@
+"""One dataplane of a name at a time, and what a killed one has left behind.
+
+`NAME.lock` in the runtime directory is locked (flock) by the supervisor, and through inheritance by its
+workers, as long as any of them lives; its content is the supervisor's pid. Who holds the lock may remove
+everything of that name: the control socket, and shared-memory segments. Called by the supervisor and by
+`dataplane clean`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import posix_ipc
+
+from dataplane.control.paths import lock_path, runtime_directory, socket_path
+from dataplane.errors import DataplaneError
+from dataplane.shm.segment import leftovers
+
+_CHOOSE = "DATAPLANE_RUNTIME_DIR chooses another one"
+
+
+class Live(DataplaneError):
+    """A dataplane of this name is running."""
+
+    def __init__(self, name: str, pid: str) -> None:
+        super().__init__(name, pid)
+        self.name, self.pid = name, pid
+
+    def __str__(self) -> str:
+        who = f"pid {self.pid}" if self.pid else "another process"
+        return f"dataplane {self.name!r} is running already ({who})"
+
+
+@contextlib.contextmanager
+def held(name: str, uid: int) -> Iterator[list[str]]:
+    """The name is ours; yields what was removed of a dead one's. Raises `Live` if it is somebody else's.
+
+    The lock file goes at the end. Forked children keep the lock until they have ended.
+    """
+    directory = runtime_directory()
+    _make(directory)
+    path = lock_path(directory, name)
+    fd = _lock(path, name)
+    try:
+        removed = _remove(directory, name, uid)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        yield removed
+    finally:
+        path.unlink(missing_ok=True)    # before the lock goes: see `_lock`
+        os.close(fd)
+
+
+def clean(uid: int, name: str | None = None) -> dict[str, list[str] | None]:
+    """Remove what dead dataplanes of this user have left, of `name` or of all: what, by dataplane; None for
+    one that is alive and was left alone."""
+    result: dict[str, list[str] | None] = {}
+    for one in [name] if name is not None else found(uid):
+        try:
+            with held(one, uid) as removed:
+                result[one] = removed
+        except Live:
+            result[one] = None
+    return result
+
+
+def found(uid: int) -> list[str]:
+    """Names of all dataplanes, dead or alive, of which there is something."""
+    names = {segment.removeprefix(f"/dataplane.{uid}.").rpartition(".")[0] for segment in leftovers(uid)}
+    with contextlib.suppress(OSError):
+        names |= {path.stem for path in runtime_directory().iterdir() if path.suffix in (".sock", ".lock")}
+    return sorted(names)
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        status = directory.stat()
+    except OSError as error:
+        raise DataplaneError(f"{directory}: {error.strerror}; {_CHOOSE}") from None
+    if status.st_uid not in (os.geteuid(), 0) or not os.access(directory, os.W_OK):
+        raise DataplaneError(f"{directory} is not ours to write in; {_CHOOSE}")
+
+
+def _lock(path: Path, name: str) -> int:
+    """The lock file, locked. One that its holder removed while we were about to lock it does not count."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except BlockingIOError:
+            pid = os.pread(fd, 32, 0).decode(errors="replace").strip()
+            os.close(fd)
+            raise Live(name, pid) from None
+        os.close(fd)
+
+
+def _remove(directory: Path, name: str, uid: int) -> list[str]:
+    removed = []
+    for segment in leftovers(uid, name):
+        with contextlib.suppress(posix_ipc.ExistentialError):
+            posix_ipc.unlink_shared_memory(segment)
+            removed.append(segment)
+    path = socket_path(directory, name)
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+        removed.append(str(path))
+    return removed

@@ -1,0 +1,191 @@
+"""The consumers' memory: home segments, ring segments with the slots of many sockets each, eventfds.
+
+Called by the control service. Everything here is mapped by the supervisor first and then, at the same offset
+of the arena, by every RX worker, so that a worker that is forked later inherits it. What is handed out may be
+used when its ticket says True; what is taken back must not be reachable from the table any more.
+
+A ring segment's slots are all of one size. The first segment of a consumer has one slot; each further one
+doubles what the consumer has of that size, up to SEGMENT_BYTES: one socket costs what one socket needs, and a
+hundred thousand of them do not need a hundred thousand shared-memory objects.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from dataplane.errors import SegmentSpaceError
+from dataplane.rings.lane import lane_bytes
+from dataplane.rings.wake import init_wake
+from dataplane.shm import layout as L
+from dataplane.shm.arena import Arena
+from dataplane.shm.segment import Segment
+from workers import orders
+from workers.crew import Crew, Ticket
+
+M = TypeVar("M", bound="Mapping")
+
+SEGMENT_BYTES = 1 << 26     # a ring segment grows up to this, unless one slot needs more
+_FIRST_SLOT = -(-L.SEG_HEADER // L.SLOT_ALIGN) * L.SLOT_ALIGN
+
+
+class Mapping:
+    """An owner segment and where it is mapped. Its descriptor stays open until the consumer has it, too."""
+
+    def __init__(self, segment: Segment, number: int, offset: int) -> None:
+        self.segment, self.number, self.offset = segment, number, offset
+        self.given = False          # whether the consumer has been told of it
+        self.mapped: Ticket = lambda: False
+
+
+class Rings(Mapping):
+    """A segment of `count` equal slots."""
+
+    def __init__(self, segment: Segment, number: int, offset: int, ring_bytes: int, workers: int) -> None:
+        super().__init__(segment, number, offset)
+        self.ring_bytes, self.workers = ring_bytes, workers
+        self.slot_bytes = slot_bytes(ring_bytes, workers)
+        self.count = (segment.size - _FIRST_SLOT) // self.slot_bytes
+        self.free = [_FIRST_SLOT + index * self.slot_bytes for index in reversed(range(self.count))]
+
+    def wake(self, slot: int) -> int:
+        """Arena offset of the slot's own wake object."""
+        return self.offset + slot + L.SLOT_WAKE
+
+    def lanes(self, slot: int) -> list[int]:
+        """Arena offsets of the slot's lanes, one per worker."""
+        first = self.offset + slot + L.SLOT_LANES
+        return [first + worker * lane_bytes(self.ring_bytes) for worker in range(self.workers)]
+
+
+@dataclass(eq=False)
+class Owner:
+    """A consumer: what it is, and all that ends with it."""
+
+    consumer: int
+    pid: int
+    uid: int
+    gid: int
+    sealed: bool                # another uid than ours: anonymous segments that it cannot truncate
+    home: Mapping
+    rings: dict[int, list[Rings]] = field(default_factory=dict)             # by ring bytes
+    sockets: dict[int, tuple[Rings, int]] = field(default_factory=dict)     # PCB number to segment and slot
+    events: dict[int, int] = field(default_factory=dict)                    # eventfd number to descriptor
+    closing: int = 0            # sockets that are being closed and still hold their slots
+
+    @property
+    def mappings(self) -> Iterator[Mapping]:
+        """All of its segments."""
+        yield self.home
+        for rings in self.rings.values():
+            yield from rings
+
+
+def slot_bytes(ring_bytes: int, workers: int) -> int:
+    """Bytes of a socket's slot."""
+    size = L.SLOT_LANES + workers * lane_bytes(ring_bytes)
+    return -(-size // L.SLOT_ALIGN) * L.SLOT_ALIGN
+
+
+class Memory:
+    """Makes and unmakes owner segments. `name(what)` gives a segment its name."""
+
+    def __init__(self, arena: Arena, crew: Crew, name: Callable[[str], str], tx_ring_bytes: int) -> None:
+        self._arena, self._crew, self._name = arena, crew, name
+        self._workers = len(crew.workers)
+        self._home_bytes = L.HOME_TX + lane_bytes(tx_ring_bytes)
+        self._rings_made = 0
+        self._free_events = list(reversed(range(1, L.EVENTS_MAX)))
+
+    # -- segments --------------------------------------------------------------------------------------------
+
+    def home(self, consumer: int, sealed: bool) -> Mapping:
+        """A consumer's home segment, with its wake objects."""
+        segment = self._segment(f"home-{consumer}", self._home_bytes, L.SEG_HOME, sealed)
+        home = self._map(segment, lambda offset: Mapping(segment, 0, offset))
+        init_wake(self._arena.mem, home.offset + L.HOME_WAKE)
+        for index in range(L.HOME_MAX_POLLERS):
+            init_wake(self._arena.mem, home.offset + L.HOME_POLLERS + index * L.WAKE_BYTES)
+        return home
+
+    def slot(self, owner: Owner, ring_bytes: int) -> tuple[Rings, int]:
+        """A slot for a socket of `owner`, its lanes empty. Raises SegmentSpaceError."""
+        segments = owner.rings.setdefault(ring_bytes, [])
+        rings = next((one for one in reversed(segments) if one.free), None)
+        if rings is None:
+            rings = self._rings(owner, ring_bytes, sum(one.count for one in segments))
+            segments.append(rings)
+        slot = rings.free.pop()
+        self._clear(rings, slot)
+        return rings, slot
+
+    def give_back(self, rings: Rings, slot: int) -> None:
+        """The slot may be used for another socket of its owner."""
+        rings.free.append(slot)
+
+    def unmap(self, mapping: Mapping) -> Ticket:
+        """Let the workers forget a segment; `remove` it when the ticket says True."""
+        return self._crew.order(orders.Unmap(mapping.offset, mapping.segment.size))
+
+    def remove(self, mapping: Mapping) -> None:
+        """Give a segment's memory back to the system."""
+        self._arena.unmap(mapping.offset, mapping.segment.size)
+        mapping.segment.unlink()
+        mapping.segment.close()
+
+    def _rings(self, owner: Owner, ring_bytes: int, have: int) -> Rings:
+        size = slot_bytes(ring_bytes, self._workers)
+        count = max(1, min(have, (SEGMENT_BYTES - _FIRST_SLOT) // size))
+        self._rings_made += 1
+        number = self._rings_made
+        name = f"rings-{number}"
+        try:
+            segment = self._segment(name, _FIRST_SLOT + count * size, L.SEG_RINGS, owner.sealed)
+        except SegmentSpaceError:
+            if count == 1:
+                raise
+            segment = self._segment(name, _FIRST_SLOT + size, L.SEG_RINGS, owner.sealed)
+        return self._map(segment, lambda offset: Rings(segment, number, offset, ring_bytes, self._workers))
+
+    def _segment(self, what: str, size: int, kind: int, sealed: bool) -> Segment:
+        return Segment.create_sealed(size, kind) if sealed else Segment.create(self._name(what), size, kind)
+
+    def _map(self, segment: Segment, make: Callable[[int], M]) -> M:
+        try:
+            offset = self._arena.map_fd(segment.fd, segment.size)
+        except BaseException:
+            segment.unlink()
+            segment.close()
+            raise
+        mapping = make(offset)
+        mapping.mapped = self._crew.order(orders.Map(offset, segment.size), segment.fd)
+        return mapping
+
+    def _clear(self, rings: Rings, slot: int) -> None:
+        mem = self._arena.mem
+        for lane in rings.lanes(slot):
+            mem[lane:lane + L.LANE_DATA] = 0
+        init_wake(mem, rings.wake(slot))
+
+    # -- eventfds --------------------------------------------------------------------------------------------
+
+    def event(self, owner: Owner) -> tuple[int, int, Ticket]:
+        """A new eventfd: its number, its descriptor, and when all workers have it."""
+        descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        number = self._free_events.pop()
+        owner.events[number] = descriptor
+        return number, descriptor, self._crew.order(orders.Listen(number, owner.consumer), descriptor)
+
+    def forget_events(self, owner: Owner) -> Ticket:
+        """Let the workers close the consumer's eventfds; `close_events` when the ticket says True."""
+        tickets = [self._crew.order(orders.Forget(number)) for number in owner.events]
+        return lambda: all(ticket() for ticket in tickets)
+
+    def close_events(self, owner: Owner) -> None:
+        """Close the supervisor's own copies."""
+        for number, descriptor in owner.events.items():
+            os.close(descriptor)
+            self._free_events.append(number)
+        owner.events.clear()

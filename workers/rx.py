@@ -1,0 +1,270 @@
+"""The RX worker's process: a loop of bounded steps, and between them what only Python can do.
+
+Forked by the supervisor, with everything mapped and compiled. All work on packets is in `inet/step.py`; here
+are the order channel, sleep, signals, and the two ends: told to stop, the worker finishes its burst and
+leaves; when the supervisor has died, it says so to all consumers and leaves as well, within a second.
+
+It writes its own worker block and what the kernels write. It never waits for anyone but in `nap`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import psutil
+
+from dataplane.config import Config
+from dataplane.inet.step import all_ended, finish, may_sleep, step, woke
+from dataplane.inet.transmit import add_consumer, remove_consumer
+from dataplane.inet.worker import attach_private
+from dataplane.jit import kernel
+from dataplane.pcb.table import Table
+from dataplane.rings.wake import ring_wake, wake_ring
+from dataplane.shm import layout as L
+from dataplane.shm.arena import Arena
+from dataplane.shm.atomics import exchange, ld64, store_release
+from dataplane.shm.epoch import mark_offline, mark_online
+from workers import orders
+from workers.duty import NAP_BYTES, NAP_DOORBELL, NAP_ORDERS, Duty, nap, pollfd
+
+BUDGET = 256                # rounds of a step: some milliseconds at most, for signals have to wait so long
+NAP_NS = 500_000_000        # longest sleep: a signal that came just before it is served then
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
+
+
+# -- kernels for both ends of the order channel, and for the end of all --------------------------------------
+
+
+@kernel("i64(mem, i64)")
+def post_mail(mem, w):
+    """Supervisor: an order has been sent to the worker at `w`. A worker that sleeps sees it come; one that
+    is busy looks at this word only."""
+    # SYNC mailbox: behind the send; pairs with the exchange in take_mail; else the worker could clear the
+    # word for an order that it does not see yet.
+    store_release(mem, w + L.W_MAILBOX, 1)
+    return 0
+
+
+@kernel("i64(mem, i64)")
+def take_mail(mem, w):
+    """Worker: clears the word before it reads the channel until that is empty."""
+    # SYNC mailbox: full barrier before the reads of the channel, pairs with the release in post_mail.
+    return exchange(mem, w + L.W_MAILBOX, 0)
+
+
+@kernel("i64(mem, i64)")
+def ring_sockets(mem, table):
+    """Wakes the waiters of all sockets, whatever their wake words say. Eventfds are the caller's to write."""
+    states = ld64(mem, table + L.T_LANES)       # those of worker 0: all workers' name the same wake object
+    for number in range(ld64(mem, table + L.T_SOCKETS)):
+        state = states + number * L.LS_BYTES
+        if ld64(mem, state + L.LS_BASE) != 0:
+            wake_ring(mem, ld64(mem, state + L.LS_WAKE))
+    return 0
+
+
+# -- the process ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Post:
+    """What a worker is given with its fork."""
+
+    arena: Arena
+    table: Table
+    config: Config
+    index: int
+    core: int
+    stamp: int
+    supervisor: int                                 # its pid
+    channel: socket.socket
+    doorbell: int
+    obeyed: int                                     # orders whose result it has inherited
+    consumers: list[tuple[int, int]]                # (number, home) of those that it transmits for
+    events: list[tuple[int, int, int]]              # (number, descriptor, consumer)
+    homes: dict[int, int] = field(default_factory=dict)     # consumers, by number
+
+
+class RxWorker:
+    """One worker, from its fork to its end."""
+
+    def __init__(self, post: Post) -> None:
+        self._post = post
+        self._mem, self._table = post.arena.mem, post.table
+        self._duty = Duty(post.config.rx.idle, post.config.rx.spin_us)
+        self._obeyed = post.obeyed
+        self._events: dict[int, int] = {}
+        self._ended = self._stopping = self._orphaned = False
+        self._settle_in()
+        inet = post.config.inet
+        self._w = attach_private(post.arena, post.table, post.index, inet.fragments, inet.fragment_timeout,
+                                 post.stamp)
+        self._table.put(self._w + L.W_PID, os.getpid())
+        for consumer, home in post.consumers:
+            self._adopt(consumer, home)
+        for number, descriptor, consumer in post.events:
+            self._listen(number, descriptor, consumer)
+        self._fds = post.arena.map_anonymous(NAP_BYTES)
+        self._table.put(self._fds + NAP_ORDERS, pollfd(post.channel.fileno()))
+        self._table.put(self._fds + NAP_DOORBELL, pollfd(post.doorbell))
+        mailbox = self._w + L.W_MAILBOX
+        self._mailbox = self._mem[mailbox:mailbox + 8].view(np.int64).data
+
+    def _settle_in(self) -> None:
+        """The process's own affairs: signals, the supervisor's death, the core, the garbage collector."""
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)   # Ctrl-C goes to all; stopping us is the supervisor's
+        signal.signal(signal.SIGTERM, self._terminated)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        libc.prctl(_PR_SET_NAME, f"dataplane-rx{self._post.index}".encode(), 0, 0, 0)
+        if os.getppid() != self._post.supervisor:
+            self._orphaned = True
+        psutil.Process().cpu_affinity([self._post.core])
+        gc.disable()
+        gc.freeze()
+
+    def _terminated(self, number: int, frame: Any) -> None:
+        self._orphaned = os.getppid() != self._post.supervisor
+        self._stopping = True
+
+    # -- the loop --------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Work until told to stop."""
+        mark_online(self._mem, self._w)
+        self._report(orders.Ready())
+        mem, w, duty, mailbox = self._mem, self._w, self._duty, self._mailbox
+        while not (self._stopping or self._orphaned):
+            handled = step(mem, w, BUDGET)
+            if mailbox[0]:
+                self._read_orders()
+            if handled:
+                duty.worked()
+            elif duty.tired():
+                self._sleep()
+            elif not self._ended:
+                self._look_for_end()
+        finish(mem, w)
+        mark_offline(mem, w)
+        if self._orphaned:
+            self._announce_end()
+
+    def _look_for_end(self) -> None:
+        if not self._ended and all_ended(self._mem, self._w):
+            self._ended = True
+            self._report(orders.Ended())
+
+    def _sleep(self) -> None:
+        self._look_for_end()
+        wait = may_sleep(self._mem, self._w)
+        if wait != 0:
+            nap(self._mem, self._w, self._fds, min(wait, NAP_NS) if wait > 0 else NAP_NS)
+            woke(self._mem, self._w)
+        self._read_orders()
+
+    def _announce_end(self) -> None:
+        """The supervisor is dead: nobody else will tell the consumers."""
+        for home in self._post.homes.values():
+            self._table.put(home + L.HOME_STOPPED, 1)
+        ring_homes(self._mem, list(self._post.homes.values()))
+        ring_sockets(self._mem, self._table.offset)
+        for descriptor in self._events.values():
+            os.eventfd_write(descriptor, 1)
+
+    # -- orders ----------------------------------------------------------------------------------------------
+
+    def _report(self, report: orders.Report) -> None:
+        try:
+            self._post.channel.send(orders.encode(report))
+        except OSError:
+            self._orphaned = True
+
+    def _read_orders(self) -> None:
+        take_mail(self._mem, self._w)
+        before = self._obeyed
+        while True:
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self._post.channel, orders.MAX_ORDER, 1)
+            except BlockingIOError:
+                break
+            except OSError:
+                data, descriptors = b"", []
+            if not data:
+                self._orphaned = True
+                return
+            self._obey(orders.decode_order(data), descriptors[0] if descriptors else -1)
+            self._obeyed += 1
+        if self._obeyed != before:
+            self._report(orders.Obeyed(self._obeyed))
+
+    def _obey(self, order: orders.Order, descriptor: int) -> None:
+        match order:
+            case orders.Map():
+                self._post.arena.map_fd(descriptor, order.bytes, at=order.offset)
+                os.close(descriptor)
+            case orders.Unmap():
+                self._post.arena.unmap(order.offset, order.bytes)
+            case orders.Adopt():
+                self._adopt(order.consumer, order.home)
+            case orders.Release():
+                if home := self._post.homes.pop(order.consumer, 0):
+                    remove_consumer(self._mem, self._w, home)
+            case orders.Listen():
+                self._listen(order.number, descriptor, order.consumer)
+            case orders.Forget():
+                self._listen(order.number, -1, 0)
+            case orders.Stop():
+                self._stopping = True
+
+    def _adopt(self, consumer: int, home: int) -> None:
+        self._post.homes[consumer] = home
+        add_consumer(self._mem, self._w, home, consumer)
+
+    def _listen(self, number: int, descriptor: int, consumer: int) -> None:
+        """Let the kernels find the eventfd `number`; -1: no longer."""
+        entry = self._table.get(self._w + L.W_EVENTS) + 16 * number
+        self._table.put(entry, descriptor)
+        self._table.put(entry + 8, consumer)
+        if (former := self._events.pop(number, -1)) >= 0:
+            os.close(former)
+        if descriptor >= 0:
+            self._events[number] = descriptor
+
+
+def ring_homes(mem: Any, homes: list[int]) -> None:
+    """Wake whoever sleeps on a wake object of these home segments."""
+    for home in homes:
+        ring_wake(mem, home + L.HOME_WAKE)
+        for index in range(L.HOME_MAX_POLLERS):
+            ring_wake(mem, home + L.HOME_POLLERS + index * L.WAKE_BYTES)
+
+
+def work(post: Post, close_others: Callable[[], None]) -> None:
+    """The worker's whole life, in the forked process. Ends the process."""
+    status = 1
+    try:
+        close_others()
+        worker = RxWorker(post)
+        worker.run()
+        status = 0
+    except BaseException as error:
+        traceback.print_exc()
+        try:
+            post.channel.send(orders.encode(orders.Failed(f"{type(error).__name__}: {error}")))
+        except OSError:
+            print("the supervisor is gone", file=sys.stderr)
+    finally:
+        os._exit(status)

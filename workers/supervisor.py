@@ -1,0 +1,313 @@
+"""The supervisor: makes a dataplane, watches over it, and leaves nothing behind.
+
+`Supervisor(config).run()` is the whole life of `dataplane run`. It is not on the data path: stopped with
+SIGSTOP, packets still flow. One thread and one loop (`control/loop.py`); what it makes it registers for
+undoing at the same place, so that every way out, also an error half way through the start, ends clean.
+
+It writes the table's header, PCBs and buckets (through `Table`), netif settings, and of the ledger the two
+reasons that no worker can count: what the kernel dropped, and what a dead worker had in its hands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from types import FrameType, ModuleType
+from typing import Any
+
+from dataplane import ledger
+from dataplane.config import Config
+from dataplane.control import messages
+from dataplane.control.loop import Loop
+from dataplane.control.paths import runtime_directory, socket_path
+from dataplane.control.server import Server
+from dataplane.errors import DataplaneError
+from dataplane.inet import step, transmit
+from dataplane.inet.worker import prepare
+from dataplane.jit import warm
+from dataplane.pcb import lookup, reuseport
+from dataplane.pcb.table import Table
+from dataplane.rings import wake
+from dataplane.shm import epoch
+from dataplane.shm import layout as L
+from dataplane.shm.arena import Arena
+from dataplane.shm.segment import Segment, segment_name
+from workers import duty, leavings, rx
+from workers.crew import Crew, Worker
+from workers.owners import Memory
+from workers.service import ControlService, Running
+
+TICK = 0.1              # seconds between two looks at counters and ends
+STOP_SECONDS = 2.0      # a worker that has not left by then is killed
+
+KERNELS: tuple[ModuleType, ...] = (epoch, lookup, reuseport, wake, ledger, step, transmit, duty, rx)
+
+
+class Supervisor:
+    """One dataplane. `say` prints what a person wants to know while it runs, one line each."""
+
+    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+        self._config, self._say = config, say
+        self._uid, self._pid = os.geteuid(), os.getpid()
+        self._loop = Loop()
+        self._exits = contextlib.ExitStack()
+        self._netifs: list[Any] = []
+        self._queues: list[ledger.Queue] = []
+        self._failed: set[int] = set()          # places of failed netif queues that were told of
+        self._interrupts = 0
+        self._running = False
+        self._started = time.time()
+        self.final: dict[str, Any] = {}
+
+    # -- the whole life --------------------------------------------------------------------------------------
+
+    def run(self, duration: float | None = None, ready: Callable[[], None] = lambda: None) -> int:
+        """Start, call `ready`, serve until told to stop or until there is nothing left to do, and take all
+        down again. Returns the exit code: 1 if a netif failed. `final` is then the ledger.
+
+        Raises DataplaneError and OSError when it could not start, or could not go on.
+        """
+        with self._exits:
+            self._catch_signals()
+            self._start()
+            if duration is not None:
+                self._loop.later(duration, self._loop.stop)
+            self._loop.spawn(self._serve(ready))
+            self._running = True
+            if not self._interrupts:
+                self._loop.run()
+            self._stop()
+        return 1 if self._failed else 0
+
+    def _start(self) -> None:
+        config, exits = self._config, self._exits
+        exits.enter_context(leavings.held(config.name, self._uid))
+        self._arena = Arena()
+        self._table = self._make_table()
+        self._warm()
+        self._crew = Crew(self._loop, config.cores, self._work, self._died, self._mail)
+        exits.callback(self._crew.close)
+        infos = [self._open_netif(index) for index in range(len(config.netif))]
+        for worker in self._crew.workers:
+            prepare(self._arena, self._table, worker.index, config.inet.icmp_rate,
+                    config.sockets.tx_ring_bytes)
+        memory = Memory(self._arena, self._crew, lambda what: segment_name(self._uid, config.name, what),
+                        config.sockets.tx_ring_bytes)
+        running = Running(config, self._uid, self._pid, self._loop, self._table, self._crew, memory, infos)
+        self._service = ControlService(running, self.ledger)
+        exits.callback(self._unlink_owners)
+        self._server = Server(self._loop, socket_path(runtime_directory(), config.name), self._service)
+        exits.callback(self._server.close)
+        exits.callback(self._tell_consumers)
+        exits.callback(self._crew.kill)
+        self._crew.start()
+        self._loop.later(TICK, self._tick, TICK)
+
+    async def _serve(self, ready: Callable[[], None]) -> None:
+        await self._loop.until(lambda: all(worker.ready for worker in self._crew.workers))
+        ready()
+
+    def _stop(self) -> None:
+        """Let the workers finish, and count."""
+        self._table.put(self._table.offset + L.T_STOP, 1)
+        left = self._crew.stop()
+        for worker in self._crew.workers:
+            worker.ring()
+        self._loop.spawn(self._wait_for(left))
+        self._loop.run()
+        self._crew.kill()
+        for worker in self._crew.workers:
+            self._write_off(worker)
+        self._poll_netifs()
+        self._report_failures()
+        self.final = self.ledger()
+
+    def _tell_consumers(self) -> None:
+        """Everything that they will ever get is in their rings now."""
+        for owner in self._service.owners.values():
+            self._table.put(owner.home.offset + L.HOME_STOPPED, 1)
+        self._wake_all()
+
+    async def _wait_for(self, left: Callable[[], bool]) -> None:
+        await self._loop.until(lambda: left() or self._interrupts > 1, STOP_SECONDS)
+        self._loop.stop()
+
+    # -- making ----------------------------------------------------------------------------------------------
+
+    def _make_table(self) -> Table:
+        config = self._config
+        workers, netifs = len(config.cores), len(config.netif)
+        if netifs > L.NIF_MAX:
+            raise DataplaneError(f"{netifs} netifs are too many: at most {L.NIF_MAX}")
+        capacities = (config.sockets.max, workers, netifs, config.sockets.groups, config.inet.neighbours)
+        size = Table.size(*capacities)
+        segment = Segment.create(segment_name(self._uid, config.name, "table"), size, L.SEG_TABLE)
+        self._exits.callback(segment.unlink)
+        try:
+            offset = self._arena.map_fd(segment.fd, size)
+        finally:
+            segment.close()
+        return Table(self._arena.mem, offset, *capacities)
+
+    def _warm(self) -> None:
+        """Compile or load all kernels: workers inherit them. Says so when it takes long."""
+        kinds = {one.__struct_config__.tag for one in self._config.netif}
+        netifs = (importlib.import_module(f"dataplane.netif.{kind}") for kind in sorted(map(str, kinds)))
+        notice = threading.Timer(1.0, self._say, ["compiling kernels, once for this version"])
+        notice.daemon = True
+        notice.start()
+        try:
+            warm([*KERNELS, *netifs])
+        finally:
+            notice.cancel()
+            notice.join()       # no second thread when workers are forked
+
+    def _open_netif(self, index: int) -> messages.NetifInfo:
+        settings = self._config.netif[index]
+        kind = str(settings.__struct_config__.tag)
+        places = [self._table.nif(index, worker.index) for worker in self._crew.workers]
+        module = importlib.import_module(f"dataplane.netif.{kind}")
+        netif = module.Netif(settings, self._arena, len(places), places)
+        self._exits.callback(netif.close)
+        self._netifs.append(netif)
+        self._queues += [ledger.Queue(place, netif.name, kind, worker) for worker, place in enumerate(places)]
+        return messages.NetifInfo(name=netif.name, kind=kind, mtu=netif.mtu, passive=netif.passive,
+                                  addresses=list(netif.addresses), gateway=list(netif.gateway))
+
+    def _unlink_owners(self) -> None:
+        """Consumers keep what they have mapped; the names go."""
+        for owner in [*self._service.owners.values(), *self._service.retiring]:
+            for mapping in owner.mappings:
+                mapping.segment.unlink()
+                mapping.segment.close()
+
+    # -- workers ---------------------------------------------------------------------------------------------
+
+    def _work(self, worker: Worker, channel: socket.socket) -> None:
+        """What a forked child does instead of going on here."""
+        def close_others() -> None:
+            self._loop.forget()
+            self._server.close_descriptors()
+            self._crew.close_descriptors(worker)
+
+        rx.work(rx.Post(
+            arena=self._arena, table=self._table, config=self._config, index=worker.index, core=worker.core,
+            stamp=2 + worker.index + worker.restarts * len(self._crew.workers),     # 1: the supervisor
+            supervisor=self._pid, channel=channel, doorbell=worker.doorbell,
+            obeyed=worker.ordered, consumers=self._service.consumers_of(worker.index),
+            events=self._service.events()), close_others)
+
+    def _mail(self, worker: Worker) -> None:
+        rx.post_mail(self._arena.mem, self._table.worker(worker.index))
+
+    def _died(self, worker: Worker, reason: str) -> None:
+        """A worker is dead: what it had in its hands is lost and counted, whom it may have been about to
+        wake is woken, and nobody waits for its epoch."""
+        epoch.mark_offline(self._arena.mem, self._table.worker(worker.index))
+        lost = self._write_off(worker)
+        self._wake_all()
+        who = f"RX worker {worker.index} (core {worker.core})"
+        self._say(f"{who} died: {reason}; {lost} frames lost; restarting")
+
+    def _write_off(self, worker: Worker) -> int:
+        return sum(ledger.write_off(self._arena.mem, queue.place)
+                   for queue in self._queues if queue.worker == worker.index)
+
+    def _wake_all(self) -> None:
+        mem = self._arena.mem
+        rx.ring_homes(mem, [owner.home.offset for owner in self._service.owners.values()])
+        rx.ring_sockets(mem, self._table.offset)
+        for _, descriptor, _ in self._service.events():
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_write(descriptor, 1)
+
+    # -- watching --------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        self._poll_netifs()
+        self._report_failures()
+        if all(worker.ended for worker in self._crew.workers) and self._nothing_left():
+            self._loop.stop()
+
+    def _poll_netifs(self) -> None:
+        for netif in self._netifs:
+            netif.poll_counters()
+
+    def _nothing_left(self) -> bool:
+        return not self._service.owners or ledger.unread(self._arena.mem, self._table.offset) == 0
+
+    def _report_failures(self) -> None:
+        for index, netif in enumerate(self._netifs):
+            for worker in self._crew.workers:
+                place = self._table.nif(index, worker.index)
+                if place in self._failed or self._table.get(place + L.N_STATUS) != L.NS_FAILED:
+                    continue
+                sentence = netif.error(worker.index) or f"netif {netif.name} failed"
+                if not any(self._table.get(other + L.N_INDEX) == index for other in self._failed):
+                    self._say(f"dataplane: {sentence}")     # once for all of its queues
+                self._failed.add(place)
+
+    def ledger(self) -> dict[str, Any]:
+        """The ledger as JSON, with what it is about."""
+        told = ledger.snapshot(self._arena.mem, self._table.offset, self._queues, self._closed())
+        workers = [self._worker_state(worker) for worker in self._crew.workers]
+        about = {"name": self._config.name, "pid": self._pid, "time": time.time(),
+                 "uptime": time.time() - self._started}
+        return about | told | {"sockets": len(self._table.open_pcbs()),
+                               "consumers": len(self._service.owners), "workers": workers}
+
+    def _closed(self) -> Counter[str]:
+        return self._service.closed
+
+    def _worker_state(self, worker: Worker) -> dict[str, Any]:
+        block = self._table.worker(worker.index)
+        words = {"slept": L.W_SLEPT, "steps": L.W_STEPS, "tx_refused": L.W_TX_REFUSED}
+        return {"worker": worker.index, "core": worker.core, "pid": worker.pid, "restarts": worker.restarts,
+                **{name: self._table.get(block + word) for name, word in words.items()}}
+
+    # -- signals ---------------------------------------------------------------------------------------------
+
+    def _catch_signals(self) -> None:
+        self._exits.enter_context(_wakeup(self._loop, self._woken))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._exits.callback(signal.signal, number, signal.signal(number, self._interrupted))
+        self._exits.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, lambda *_: None))
+
+    def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        self._interrupts += 1
+        if not self._running:           # still starting: nothing is served yet, undo what was done
+            raise KeyboardInterrupt
+        self._loop.stop()
+
+    def _woken(self) -> None:
+        self._crew.reap()
+
+
+@contextlib.contextmanager
+def _wakeup(loop: Loop, callback: Callable[[], None]) -> Iterator[None]:
+    """Let signals wake the loop; their handlers have run when `callback` is called."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+
+        def drain() -> None:
+            with contextlib.suppress(BlockingIOError):
+                while ours.recv(4096):
+                    pass
+            callback()
+
+        former = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        loop.watch(ours.fileno(), drain)
+        try:
+            yield
+        finally:
+            loop.watch(ours.fileno())
+            signal.set_wakeup_fd(former)
