@@ -1,0 +1,429 @@
+"""Sockets: what a consumer receives from and sends with. Made by `Dataplane.udp`, `raw` and `tap`.
+
+A call that finds packets in the ring makes one jitted call for many of them; the per-packet calls are then
+served from what it found, and the ring gets its memory back when that is used up. Threads may share a
+socket: receiving calls take turns.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Iterator
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import numpy as np
+
+from dataplane.client import consume, drain
+from dataplane.client.addresses import Address, Routes, parse_address
+from dataplane.client.batch import Batch
+from dataplane.client.events import Batches
+from dataplane.client.session import Session
+from dataplane.client.transmit import Transmitter
+from dataplane.client.waiting import Waiter, deadline_of
+from dataplane.control import messages
+from dataplane.errors import DataplaneError, Stopped
+from dataplane.shm import layout as L
+
+__all__ = ["RawSocket", "Socket", "TapSocket", "UDPSocket"]
+
+PREFETCH = 256
+"""Packets that one jitted call finds for the per-packet calls."""
+
+MAX_ADDRESSES = 65536
+"""Address tuples that a socket remembers."""
+
+MAX_PAYLOAD = {4: 65507, 6: 65527}
+"""Largest UDP payload: 65,535 minus 20 bytes of IPv4 header, or nothing, minus 8 of UDP."""
+
+From = TypeVar("From", Address, None)
+
+
+class Socket(Generic[From]):
+    """What all kinds have: receiving."""
+
+    kind = ""
+
+    def __init__(self, session: Session, bound: messages.Bound, remote: Address | None) -> None:
+        self.session, self.bound = session, bound
+        self.remote = remote
+        """The peer of a connected socket, (host, port), or None."""
+        self.closed = False
+        """Whether `close` was called, here or for the whole attachment."""
+        lane_bytes = L.LANE_DATA + bound.ring_bytes
+        self._lanes = session.attached.workers
+        size = L.SLOT_LANES + self._lanes * lane_bytes
+        self._slot = (session.memory.place(bound.number, bound.slot, size), size)
+        self._mem = session.memory.mem
+        self._bytes = session.memory.bytes[self._slot[0]:self._slot[0] + size]
+        self._block = session.memory.block(self._lanes * drain.ROW_BYTES)
+        self.rows = self._block + drain.ROW_BYTES * np.arange(self._lanes, dtype=np.int64)
+        self.numbers = np.zeros(self._lanes, np.int64)
+        for i, row in enumerate(self.rows.tolist()):
+            lane = self._slot[0] + L.SLOT_LANES + i * lane_bytes
+            drain.open_row(self._mem, row, lane, bound.ring_bytes - 1)
+        self._own = self.waiter = Waiter(session, self._slot[0] + L.SLOT_WAKE)
+        self.poller: Any = None
+        self._records = np.empty((drain.REC_FIELDS, PREFETCH), np.int64)
+        self._limit = max(bound.ring_bytes // 4, 1)
+        self._turn = self._count = self._next = 0
+        self._offsets: list[int] = []
+        self._lengths: list[int] = []
+        self._remotes: list[int] = []
+        self._addresses: dict[Any, Any] = {}
+        self._batch: Batch | None = None
+        session.members.add(self)
+
+    @property
+    def address(self) -> tuple[str, int | None]:
+        """(host, port) here: host "" for every address, port None for any port that nobody else has."""
+        return self.bound.address or "", self.bound.port
+
+    # -- one packet at a time --------------------------------------------------------------------------
+
+    def recvfrom(self, timeout: float | None = None) -> tuple[bytes, From]:
+        """The next packet's payload and where it came from. `timeout` in seconds (None: for ever, 0: do not
+        wait). TimeoutError, Stopped, OSError(EBADF)."""
+        waiter, timeout = self._enter(timeout)
+        try:
+            if self._next == self._count:
+                self._fill(timeout)
+            address = self._address(self._next)
+            return self._copy(self._next), address
+        finally:
+            waiter.release()
+
+    def recv(self, timeout: float | None = None) -> bytes:
+        """The next packet's payload; as `recvfrom`."""
+        waiter, timeout = self._enter(timeout)
+        try:
+            if self._next == self._count:
+                self._fill(timeout)
+            return self._copy(self._next)
+        finally:
+            waiter.release()
+
+    def _copy(self, i: int) -> bytes:
+        start = self._offsets[i]
+        data = self._bytes[start:start + self._lengths[i]].tobytes()
+        self._next = i + 1
+        if self._next == self._count:
+            self._requeue()
+        return data
+
+    def _address(self, i: int) -> Any:
+        """Of the i-th record; made once for each peer."""
+        key = self._remotes[i]
+        address = self._addresses.get(key)
+        if address is not None:
+            return address
+        return self._new_address(key) if key >= 0 else self._address6(i, ~key)
+
+    def _address6(self, i: int, port: int) -> Any:
+        start = int(self._records[drain.REC_PACKET, i])
+        raw = self._bytes[start + 8:start + 24].tobytes()
+        address = self._addresses.get((raw, port))
+        return address or self._remember((raw, port), (socket.inet_ntop(socket.AF_INET6, raw), port))
+
+    def _new_address(self, key: int) -> Any:
+        return self._remember(key, (socket.inet_ntoa((key >> 16).to_bytes(4, "big")), key & 0xFFFF))
+
+    def _remember(self, key: Any, address: Address) -> Address:
+        if len(self._addresses) >= MAX_ADDRESSES:
+            self._addresses.clear()
+        self._addresses[key] = address
+        return address
+
+    def _fill(self, timeout: float | None) -> None:
+        """Finds packets for the per-packet calls: at least one."""
+        self.check()
+        self._check_batch()
+        deadline = None
+        origin = self._slot[0]
+        while not (count := drain.peek(self._mem, self.rows, self._records, origin, self._limit, self._turn)):
+            deadline = deadline_of(timeout) if deadline is None else deadline
+            self._wait(deadline)
+        self._turn = (self._turn + 1) % self._lanes
+        found = self._records[:, :count]
+        self._offsets = found[drain.REC_OFFSET].tolist()
+        self._lengths = found[drain.REC_LENGTH].tolist()
+        self._remotes = found[drain.REC_REMOTE].tolist()
+        self._next, self._count = 0, count
+        self.waiter.holders.add(self)
+
+    def _requeue(self) -> None:
+        """Gives back what was handed out; what was only found is queued as before."""
+        if self._count:
+            drain.settle(self._mem, self.rows, self._records, self._next)
+            self._count = self._next = 0
+            self.waiter.holders.discard(self)
+
+    # -- many at a time ----------------------------------------------------------------------------------
+
+    def recv_batch(self, max_packets: int = 256, timeout: float | None = None) -> Batch:
+        """All packets there are, at least 1 and at most `max_packets`, without a copy. The batch must be
+        released before this socket is received from again."""
+        waiter, timeout = self._enter(timeout)
+        try:
+            deadline = None
+            while (batch := self._take(max_packets)) is None:
+                deadline = deadline_of(timeout) if deadline is None else deadline
+                self._wait(deadline)
+            return batch
+        finally:
+            waiter.release()
+
+    def poll_batch(self, max_packets: int = 256) -> Batch | None:
+        """As `recv_batch`, or None when there is nothing now. Stopped when there never will be."""
+        waiter, _ = self._enter(None)
+        try:
+            ended = self.session.ended()
+            batch = self._take(max_packets)
+            if batch is None and ended:
+                raise self.session.stopped()
+            return batch
+        finally:
+            waiter.release()
+
+    def batches(self, max_packets: int = 256, timeout: float | None = None) -> Iterator[Batch]:
+        """Batches until the dataplane ends; each is released when the next is asked for. TimeoutError when
+        there is no packet for `timeout` seconds."""
+        while True:
+            try:
+                batch = self.recv_batch(max_packets, timeout)
+            except Stopped:
+                return
+            with batch:
+                yield batch
+
+    def __aiter__(self) -> AsyncIterator[Batch]:
+        """Batches as in `batches`, for `async for`: the event loop watches an eventfd."""
+        return Batches(self)
+
+    def _take(self, max_packets: int) -> Batch | None:
+        if max_packets < 1:
+            raise ValueError(f"max_packets must be at least 1, not {max_packets}")
+        self.check()
+        self._check_batch()
+        self._requeue()
+        records = np.empty((drain.REC_FIELDS, max_packets), np.int64)
+        count = drain.take(self._mem, self.rows, records, self._slot[0], self._turn)
+        if not count:
+            return None
+        self._turn = (self._turn + 1) % self._lanes
+        self._batch = Batch(self, self._mem, self._slot, records[:, :count])
+        self.waiter.holders.add(self)
+        return self._batch
+
+    def give_back(self, batch: Batch) -> None:
+        """`batch.release()`."""
+        if self.closed:
+            batch.invalidate()
+            return
+        with self.waiter.interrupting():
+            if not batch.released:
+                batch.invalidate()
+                self._batch = None
+                self.waiter.holders.discard(self)
+                drain.release_rows(self._mem, self.rows)
+
+    def _check_batch(self) -> None:
+        if self._batch is not None:
+            raise DataplaneError("the batch that was received before from this socket is not released yet")
+
+    def consume(self, kernel: Any, state: Any, max_packets: int | None = None,
+                timeout: float | None = None) -> int:
+        """Calls the @njit function `kernel(payload, info, state)` for each packet, with `payload` uint8[:]
+        in the ring and `info` a `PacketInfo`, without any Python between. Returns how many packets it
+        took: `max_packets`, or as many as came in `timeout` seconds, or until the dataplane ended."""
+        waiter, timeout = self._enter(timeout)
+        try:
+            self.prepare()
+            return consume.run(self, kernel, state, max_packets, timeout)
+        finally:
+            waiter.release()
+
+    def prepare(self) -> None:
+        """For `consume`, with the turn: nothing is handed out. DataplaneError if a batch is."""
+        self.check()
+        self._check_batch()
+        self._requeue()
+
+    # -- waiting -----------------------------------------------------------------------------------------
+
+    def _enter(self, timeout: float | None) -> tuple[Waiter, float | None]:
+        """Takes the turn; the waiter, and what is left of `timeout`. The waiter is another one after the
+        socket has joined or left a poller."""
+        while True:
+            waiter = self.waiter
+            timeout = waiter.acquire(timeout)
+            if waiter is self.waiter:
+                return waiter, timeout
+            waiter.release()
+
+    def _wait(self, deadline: int) -> None:
+        if not self.waiter.wait(self, deadline):
+            raise TimeoutError("timed out")
+
+    def check(self) -> None:
+        """OSError(EBADF) when this socket was closed."""
+        self.session.check()
+        if self.closed:
+            raise OSError(errno.EBADF, "this socket is closed")
+
+    def has_packets(self) -> bool:
+        """Whether there are packets now."""
+        return bool(drain.look(self._mem, self.rows))
+
+    # -- pollers -----------------------------------------------------------------------------------------
+
+    def join(self, poller: Any, waiter: Waiter) -> None:
+        """The poller's wake object instead of our own."""
+        with self.waiter.interrupting():
+            self.check()
+            if self.poller is not None:
+                raise DataplaneError("this socket is in another poller")
+            self._requeue()
+            self._move(waiter)
+            self.poller = poller
+
+    def leave(self) -> None:
+        """Our own wake object again."""
+        with self.waiter.interrupting():
+            self._move(self._own)
+            self.poller = None
+
+    def _move(self, waiter: Waiter) -> None:
+        if self in self.waiter.holders:
+            self.waiter.holders.discard(self)
+            waiter.holders.add(self)
+        self.waiter = waiter
+
+    # -- the end -----------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int]:
+        """`published` and `dropped` (ring full) by the workers, `consumed`, `queued` packets, `queued_bytes`,
+        `ring_bytes` of each of the lanes: as `dataplane ss` shows them."""
+        self.check()
+        reply = self.session.request(messages.Sockets(start=self.bound.pcb), messages.SocketList)
+        found = next((one for one in reply.sockets if one.pcb == self.bound.pcb), None)
+        if found is None:
+            raise OSError(errno.EBADF, "the dataplane does not know this socket any more")
+        names = ("published", "dropped", "consumed", "queued", "queued_bytes", "ring_bytes")
+        return {name: getattr(found, name) for name in names}
+
+    def close(self) -> None:
+        """Closes the socket. Threads that wait in it get OSError(EBADF). May be called again."""
+        if self.closed:
+            return
+        poller = self.poller
+        with self.waiter.interrupting():
+            if self.closed:
+                return
+            self.abandon()
+            if poller is not None:
+                poller.drop(self)
+        session = self.session
+        session.members.discard(self)
+        try:
+            session.request(messages.Close(self.bound.pcb, self.bound.generation), messages.Done)
+        except (Stopped, DataplaneError):
+            if session.over is None and not session.ended():
+                raise
+        with session.lock:
+            session.memory.give_back(self._block, self._lanes * drain.ROW_BYTES)
+            self._own.discard()
+
+    def abandon(self) -> None:
+        """Closed, without telling anybody."""
+        self.closed = True
+        self._count = self._next = 0
+        self.waiter.holders.discard(self)
+        if self._batch is not None:
+            self._batch.invalidate()
+            self._batch = None
+        self.waiter.reset_after_fork()
+        self._own.reset_after_fork()
+
+    def __enter__(self) -> Self:
+        self.check()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        host, port = self.address
+        state = " closed" if self.closed else ""
+        return f"<{type(self).__name__} {host or '*'}:{'*' if port is None else port}{state}>"
+
+
+class UDPSocket(Socket[Address]):
+    """UDP: the payload is the datagram's."""
+
+    kind = "udp"
+
+    def __init__(self, session: Session, bound: messages.Bound, remote: Address | None,
+                 transmitter: Transmitter, routes: Routes) -> None:
+        super().__init__(session, bound, remote)
+        self._transmitter, self._routes = transmitter, routes
+        self._headers: dict[Address, tuple[bytes, int]] = {}
+
+    def sendto(self, data: Any, address: Address | None = None, timeout: float | None = None) -> int:
+        """Sends one datagram; the number of its bytes. Without `address` to the connected peer. Waits while
+        the transmit ring is full. OSError: EMSGSIZE, ENETUNREACH, EAFNOSUPPORT, EDESTADDRREQ."""
+        self.check()
+        address = address or self.remote
+        header, largest = self._headers.get(address) or self._header(address)  # type: ignore[arg-type]
+        if not isinstance(data, bytes | bytearray):
+            data = memoryview(data).cast("B")
+        size = len(data)
+        if size > largest:
+            raise OSError(errno.EMSGSIZE, f"a datagram has at most {largest} bytes, not {size}")
+        self._transmitter.send(header, data, size, deadline_of(timeout))
+        return size
+
+    def send(self, data: Any, timeout: float | None = None) -> int:
+        """Sends one datagram to the connected peer; as `sendto`."""
+        return self.sendto(data, None, timeout)
+
+    def _header(self, address: Address | None) -> tuple[bytes, int]:
+        """The transmit record's fixed part, and how long the payload may be."""
+        if address is None:
+            raise OSError(errno.EDESTADDRREQ, os.strerror(errno.EDESTADDRREQ))
+        host, port = parse_address(address)
+        here = self.bound.address
+        if here is not None and (":" in here) != (host.version == 6):
+            raise OSError(errno.EAFNOSUPPORT, f"{host} cannot be reached from a socket bound to {here}")
+        self._routes.demand(host)
+        high, low = divmod(int(host), 1 << 64)
+        header = _HEADER.pack(self.bound.pcb, self.bound.generation & 0xFFFFFFFF, host.version, port,
+                              high, low)
+        if len(self._headers) >= MAX_ADDRESSES:
+            self._headers.clear()
+        self._headers[address] = header, MAX_PAYLOAD[host.version]
+        return self._headers[address]
+
+
+class RawSocket(Socket[Address]):
+    """Raw IP: the payload is the IP packet; the port of the peer's address is 0."""
+
+    kind = "raw"
+
+
+class TapSocket(Socket[None]):
+    """A copy of every frame. `recvfrom` gives (frame, None)."""
+
+    kind = "tap"
+
+    def _address(self, i: int) -> None:
+        return None
+
+
+_HEADER = struct.Struct("=IIHH4xQQ")
+assert (_HEADER.size == L.TX_PAYLOAD and L.TX_GENERATION == 4 and L.TX_FAMILY == 8 and L.TX_PORT == 10
+        and L.TX_ADDRESS_HI == 16)
