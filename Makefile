@@ -49,6 +49,7 @@ lint: venv
 	$(BIN)/mypy
 
 test: venv test-tools
+	$(BIN)/python -m workers.kernels
 	$(BIN)/python -m pytest $(ARGS)
 
 # The live tests talk to a kernel peer through these. Without them those tests are skipped, and say so.

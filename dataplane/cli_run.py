@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,8 @@ def _finish(final: dict[str, Any], path: Path | None) -> None:
 
 def _check_writable(path: Path) -> None:
     """Rather now than after a run of hours."""
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise DataplaneError(f"--ledger {path}: {error.strerror}") from None
+    if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir():
+        raise DataplaneError(f"--ledger {path}: cannot be written")
 
 
 def _say(line: str) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import pwd
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TextIO
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -23,8 +25,10 @@ def ledger_view(ledger: dict[str, Any], before: dict[str, Any] | None = None) ->
     seconds = ledger["time"] - before["time"] if before else 0.0
     former = {(one["netif"], one["worker"]): one for one in before["queues"]} if before else {}
     headings = [">offered/s", ">delivered/s", ">sent/s"] if before else []
-    queues = _table("netif", "worker", "state", *headings,
-                    ">offered", ">delivered", ">dropped", ">held", ">sent", "balanced")
+    queues = FittedTable(
+        "netif", "kind", "worker", "state", *headings,
+        ">offered", ">delivered", ">dropped", ">held", ">sent", "balanced",
+        spare=("kind", "state", "held", "worker", "sent", "balanced", "offered", "sent/s", "delivered"))
     for queue in ledger["queues"]:
         rates = []
         if before:
@@ -33,50 +37,75 @@ def ledger_view(ledger: dict[str, Any], before: dict[str, Any] | None = None) ->
         worker = "all" if queue["worker"] < 0 else str(queue["worker"])
         dropped = sum(queue["dropped"].values())
         counts = (queue["offered"], queue["delivered"], dropped, queue["held"], queue["tx_packets"])
-        queues.add_row(f"{queue['netif']} ({queue['kind']})", worker, queue["status"], *rates,
+        queues.add_row(queue["netif"], queue["kind"], worker, queue["status"], *rates,
                        *map(_count, counts), _verdict(queue["balanced"]))
-    views: list[RenderableType] = [_headline(ledger), queues]
+    views: list[RenderableType] = [_headline(ledger), "", queues]
     if ledger["dropped"]:
-        views.append(_reasons(ledger, before, seconds))
+        views += ["", _reasons(ledger, before, seconds)]
     return Group(*views)
 
 
 def _headline(ledger: dict[str, Any]) -> Text:
     names = ("offered", "delivered", "deliveries", "consumed", "unread")
     parts = [f"{name} {ledger[name]:,}" for name in names]
-    who = f"{ledger['sockets']} sockets of {ledger['consumers']} consumers"
-    text = Text(f"dataplane {ledger['name']}: {', '.join(parts)}; {who}; ")
+    parts += [f"{name} {ledger[name]}" for name in ("sockets", "consumers")]
+    text = Text(f"dataplane {ledger['name']}: {', '.join(parts)}; ")
     balanced = Text("balanced", "green") if ledger["balanced"] else Text("not balanced", "bold red")
     return text.append_text(balanced)
 
 
-def _reasons(ledger: dict[str, Any], before: dict[str, Any] | None, seconds: float) -> Table:
-    table = _table("not delivered because", ">frames", *([">frames/s"] if before else []))
+def _reasons(ledger: dict[str, Any], before: dict[str, Any] | None, seconds: float) -> RenderableType:
+    table = FittedTable("not delivered because", ">frames", *([">frames/s"] if before else []))
     for reason, count in sorted(ledger["dropped"].items(), key=lambda item: -item[1]):
         rate = [_rate(ledger["dropped"], Counter(before["dropped"]), reason, seconds)] if before else []
         table.add_row(reason, _count(count), *rate)
     return table
 
 
-def sockets_view(sockets: list[SocketInfo]) -> Table:
+def sockets_view(sockets: list[SocketInfo]) -> RenderableType:
     """One line per socket, as ss(8) has them."""
-    table = _table("kind", "state", "local", "remote", ">queued", ">bytes", ">published", ">dropped",
-                   "owner", ">pid", ">consumer", "options")
+    table = FittedTable(
+        "kind", "state", "local", "remote", ">queued", ">bytes", ">published", ">dropped",
+        "owner", ">pid", ">consumer", "options",
+        spare=("consumer", "bytes", "state", "owner", "published", "options", "pid", "remote"))
     for one in sockets:
-        remote = _endpoint(*one.remote) if one.remote else "*"
+        remote = endpoint(*one.remote) if one.remote else "*"
         counts = (one.queued, one.queued_bytes, one.published, one.dropped)
-        table.add_row(_kind(one), one.state, _endpoint(*one.local), remote, *map(_count, counts),
+        table.add_row(kind_of(one), one.state, endpoint(*one.local), remote, *map(_count, counts),
                       _user(one.uid), str(one.pid), str(one.consumer), "reuseport" if one.reuseport else "")
     return table
 
 
-def _table(*columns: str) -> Table:
-    """`>` before a column's name: numbers, to the right."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        justify: Literal["left", "right"] = "right" if column.startswith(">") else "left"
-        table.add_column(column.lstrip(">"), justify=justify, no_wrap=True)
-    return table
+class FittedTable:
+    """A table that leaves out columns where the terminal is too narrow: those of `spare`, in this order. `>`
+    before a column's name: numbers, to the right."""
+
+    def __init__(self, *columns: str, spare: Sequence[str] = ()) -> None:
+        self._columns, self._spare = columns, spare
+        self._rows: list[tuple[str | Text, ...]] = []
+
+    def add_row(self, *cells: str | Text) -> None:
+        """One cell for each column."""
+        self._rows.append(cells)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        table = self._table(())
+        for left_out in range(len(self._spare) + 1):
+            table = self._table(self._spare[:left_out])
+            if Measurement.get(console, options.update_width(1000), table).maximum <= options.max_width:
+                break
+        yield table
+
+    def _table(self, without: Sequence[str]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+        shown = [i for i, column in enumerate(self._columns) if column.lstrip(">") not in without]
+        for i in shown:
+            column = self._columns[i]
+            justify: Literal["left", "right"] = "right" if column.startswith(">") else "left"
+            table.add_column(column.lstrip(">"), justify=justify, no_wrap=True)
+        for row in self._rows:      # as Text: in a str, rich would take [fd77::1] for a style
+            table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in (row[i] for i in shown)))
+        return table
 
 
 def _count(number: int) -> str:
@@ -91,13 +120,15 @@ def _verdict(balanced: bool) -> Text:
     return Text("yes", "green") if balanced else Text("no", "bold red")
 
 
-def _kind(socket: SocketInfo) -> str:
+def kind_of(socket: SocketInfo) -> str:
+    """Of socket, with the protocol of a raw one."""
     if socket.kind != "raw":
         return socket.kind
     return f"raw {socket.proto}" if socket.proto else "raw *"
 
 
-def _endpoint(address: str, port: int | None) -> str:
+def endpoint(address: str, port: int | None) -> str:
+    """`10.77.0.1:53`, `[fd77::1]:53`, `*:53`."""
     shown = f"[{address}]" if ":" in address else address
     return f"{shown}:{'*' if port is None else port}"
 

@@ -159,9 +159,10 @@ class Kernel:
         """Loads or compiles; the result takes exactly the declared types."""
         if self._call is None:
             with _exclusive():
-                self.dispatcher.compile(self.result(*self.arguments))
-            self.dispatcher.disable_compile()
-            self._call = self.dispatcher
+                if self._call is None:      # another thread may have been first
+                    self.dispatcher.compile(self.result(*self.arguments))
+                    self.dispatcher.disable_compile()
+                    self._call = self.dispatcher
         return self._call
 
     def __call__(self, *args: Any) -> Any:
@@ -327,7 +328,7 @@ class Callback:
         if self._compiled is None:
             signature = I64(types.CPointer(types.uint8), *[I64] * self._arity)
             with _exclusive(), _numba_cache():
-                self._compiled = cfunc(signature, cache=True, **_WHOLE, **_FLAGS)(self._function)
+                self._compiled = self._compiled or cfunc(signature, cache=True, **_WHOLE, **_FLAGS)(self._function)
         return self._compiled
 
     @property

@@ -26,18 +26,19 @@ RESPONSE = 0x80     # in the third byte
 
 
 @njit  # type: ignore[untyped-decorator, unused-ignore]
-def question_type(payload: Any) -> int:
+def question_type(payload: Any) -> Any:
     """Type of the first question; OTHER if there is none."""
-    at = HEADER
+    at: Any = HEADER
     if payload.size < HEADER or (payload[4] == 0 and payload[5] == 0):
         return OTHER
     while at < payload.size and payload[at] != 0:
         if payload[at] > 63:            # compressed: not in the first question
             return OTHER
-        at += payload[at] + 1
+        # int64: the bytes are unsigned, and numba makes a float of an unsigned and a signed number.
+        at += np.int64(payload[at]) + 1
     if at + 2 >= payload.size:
         return OTHER
-    return payload[at + 1] << 8 | payload[at + 2]
+    return np.int64(payload[at + 1]) << 8 | np.int64(payload[at + 2])
 
 
 @njit  # type: ignore[untyped-decorator, unused-ignore]

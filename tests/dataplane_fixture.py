@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +76,17 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(config_text: str, *options: str, environment: dict[str, str] | None = None,
-            check: bool = True) -> Iterator[Running]:
+def running(config_text: str, *options: str, environment: dict[str, str] | None = None, check: bool = True,
+            name: str | None = None, prefix: Sequence[str] = ()) -> Iterator[Running]:
     """A dataplane with this configuration (without `name`), given `options` of `dataplane run` and these
-    environment variables. `check=False`: the test ends it in its own way, and looks at the result itself."""
-    name = f"test-{os.getpid()}-{next(_numbers)}"
+    environment variables. `check=False`: the test ends it in its own way, and looks at the result itself.
+    `name`: instead of a new one. `prefix`: words before the command, as `ip netns exec NAME`."""
+    name = name or f"test-{os.getpid()}-{next(_numbers)}"
     with tempfile.TemporaryDirectory(prefix="dpt-") as temporary, _runtime_directory(temporary):
         directory = Path(temporary)
         config = directory / "config.toml"
         config.write_text(f'name = "{name}"\n{config_text}')
-        command = [sys.executable, "-m", "dataplane", "run", str(config),
+        command = [*prefix, sys.executable, "-m", "dataplane", "run", str(config),
                    "--ledger", str(directory / "ledger.json"), *options]
         with open(directory / "stderr", "w") as stderr:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True,
@@ -99,14 +100,30 @@ def running(config_text: str, *options: str, environment: dict[str, str] | None 
                     dataplane.stop()
                 left = [path.name for path in directory.iterdir() if path.suffix == ".sock"]
                 assert not left, f"left in the runtime directory: {left}"
-                left = [path for path in os.listdir("/dev/shm") if name in path]
+                left = [path.name for path in _shared_memory(name)]
                 assert not left, f"left in /dev/shm: {left}"
         finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            _end(process)
+            for path in _shared_memory(name):       # only after a test that failed, or that killed it
+                path.unlink(missing_ok=True)
             if process.stdout is not None:
                 process.stdout.close()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Whatever has happened: it may remove what it made, and then it is gone."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _shared_memory(name: str) -> list[Path]:
+    return list(Path("/dev/shm").glob(f"dataplane.*.{name}.*"))
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ class Binding:
             port=0 if remote and request.port is None else request.port,
             remote=None if remote is None else (*_pair(remote[0]), remote[1]),
             reuseport=request.reuseport,
-            ring_bytes=_ring_bytes(request.ring_bytes or ring_bytes))
+            ring_bytes=_ring_bytes(ring_bytes if request.ring_bytes is None else request.ring_bytes))
 
     @staticmethod
     def names(spec: SocketSpec) -> tuple[tuple[str, int | None], tuple[str, int] | None]:

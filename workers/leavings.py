@@ -2,8 +2,9 @@
 
 `NAME.lock` in the runtime directory is locked (flock) by the supervisor, and through inheritance by its
 workers, as long as any of them lives; its content is the supervisor's pid. Who holds the lock may remove
-everything of that name: the control socket, and shared-memory segments. Called by the supervisor and by
-`dataplane clean`.
+everything of that name: the control socket, and shared-memory segments. The table segment is locked in the
+same way (`claim`), since another runtime directory has another `NAME.lock` but the same shared memory. Called
+by the supervisor and by `dataplane clean`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +33,7 @@ class Live(DataplaneError):
         self.name, self.pid = name, pid
 
     def __str__(self) -> str:
-        who = f"pid {self.pid}" if self.pid else "another process"
+        who = f"pid {self.pid}" if self.pid else "with another runtime directory"
         return f"dataplane {self.name!r} is running already ({who})"
 
 
@@ -42,7 +44,6 @@ def held(name: str, uid: int) -> Iterator[list[str]]:
     The lock file goes at the end. Forked children keep the lock until they have ended.
     """
     directory = runtime_directory()
-    _make(directory)
     path = lock_path(directory, name)
     fd = _lock(path, name)
     try:
@@ -53,6 +54,27 @@ def held(name: str, uid: int) -> Iterator[list[str]]:
     finally:
         path.unlink(missing_ok=True)    # before the lock goes: see `_lock`
         os.close(fd)
+        with contextlib.suppress(OSError):      # not empty: others run
+            directory.rmdir()
+
+
+def claim(fd: int) -> None:
+    """Mark a segment as a live dataplane's, until its supervisor and all workers have ended."""
+    fcntl.flock(fd, fcntl.LOCK_EX)
+
+
+def _claimed(segment: str) -> bool:
+    try:
+        fd = posix_ipc.SharedMemory(segment).fd
+    except (posix_ipc.ExistentialError, posix_ipc.PermissionsError):
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def clean(uid: int, name: str | None = None) -> dict[str, list[str] | None]:
@@ -78,18 +100,25 @@ def found(uid: int) -> list[str]:
 
 def _make(directory: Path) -> None:
     try:
-        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        status = directory.stat()
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(parents=True)
+            directory.chmod(0o755)      # whatever the umask: other users' consumers come by here
+        status = directory.lstat()
     except OSError as error:
         raise DataplaneError(f"{directory}: {error.strerror}; {_CHOOSE}") from None
-    if status.st_uid not in (os.geteuid(), 0) or not os.access(directory, os.W_OK):
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid in (os.geteuid(), 0)
+    if not ours or not os.access(directory, os.W_OK):
         raise DataplaneError(f"{directory} is not ours to write in; {_CHOOSE}")
 
 
 def _lock(path: Path, name: str) -> int:
     """The lock file, locked. One that its holder removed while we were about to lock it does not count."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        _make(path.parent)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except FileNotFoundError:       # another one has just removed the directory behind itself
+            continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
@@ -103,7 +132,10 @@ def _lock(path: Path, name: str) -> int:
 
 def _remove(directory: Path, name: str, uid: int) -> list[str]:
     removed = []
-    for segment in leftovers(uid, name):
+    segments = leftovers(uid, name)
+    if any(_claimed(segment) for segment in segments):
+        raise Live(name, "")
+    for segment in segments:
         with contextlib.suppress(posix_ipc.ExistentialError):
             posix_ipc.unlink_shared_memory(segment)
             removed.append(segment)

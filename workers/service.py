@@ -207,13 +207,13 @@ class ControlService:
         owner.closing -= 1
 
     async def _set_wake(self, owner: Owner, request: messages.SetWake) -> Answer:
-        rings, slot = self._own(owner, request.pcb, request.generation)
         if not -1 <= request.poller < L.HOME_MAX_POLLERS:
             raise OSError(errno.EINVAL, f"a consumer has {L.HOME_MAX_POLLERS} pollers, no {request.poller}")
-        wake = rings.wake(slot)
-        if request.poller >= 0:
-            wake = owner.home.offset + L.HOME_POLLERS + request.poller * L.WAKE_BYTES
-        epoch = self._table.set_wake(request.pcb, wake)
+        shared = owner.home.offset + L.HOME_POLLERS + request.poller * L.WAKE_BYTES
+        own = [(pcb, *self._own(owner, pcb, generation)) for pcb, generation in request.sockets]
+        epoch = 0
+        for pcb, rings, slot in own:
+            epoch = self._table.set_wake(pcb, rings.wake(slot) if request.poller < 0 else shared)
         await self._obeyed(lambda: self._table.passed(epoch))
         return messages.Done(), ()
 

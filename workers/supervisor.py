@@ -13,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import resource
 import signal
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import Any
 
 from dataplane import ledger
@@ -29,25 +30,20 @@ from dataplane.control.loop import Loop
 from dataplane.control.paths import runtime_directory, socket_path
 from dataplane.control.server import Server
 from dataplane.errors import DataplaneError
-from dataplane.inet import step, transmit
 from dataplane.inet.worker import prepare
-from dataplane.jit import warm
-from dataplane.pcb import lookup, reuseport
 from dataplane.pcb.table import Table
-from dataplane.rings import wake
 from dataplane.shm import epoch
 from dataplane.shm import layout as L
 from dataplane.shm.arena import Arena
 from dataplane.shm.segment import Segment, segment_name
-from workers import duty, leavings, rx
+from workers import leavings, rx
 from workers.crew import Crew, Worker
+from workers.kernels import warm_up
 from workers.owners import Memory
 from workers.service import ControlService, Running
 
 TICK = 0.1              # seconds between two looks at counters and ends
 STOP_SECONDS = 2.0      # a worker that has not left by then is killed
-
-KERNELS: tuple[ModuleType, ...] = (epoch, lookup, reuseport, wake, ledger, step, transmit, duty, rx)
 
 
 class Supervisor:
@@ -62,7 +58,7 @@ class Supervisor:
         self._queues: list[ledger.Queue] = []
         self._failed: set[int] = set()          # places of failed netif queues that were told of
         self._interrupts = 0
-        self._running = False
+        self._running = self._stopping = False
         self._started = time.time()
         self.final: dict[str, Any] = {}
 
@@ -88,6 +84,7 @@ class Supervisor:
 
     def _start(self) -> None:
         config, exits = self._config, self._exits
+        _allow_descriptors()
         exits.enter_context(leavings.held(config.name, self._uid))
         self._arena = Arena()
         self._table = self._make_table()
@@ -116,6 +113,7 @@ class Supervisor:
 
     def _stop(self) -> None:
         """Let the workers finish, and count."""
+        self._stopping = True
         self._table.put(self._table.offset + L.T_STOP, 1)
         left = self._crew.stop()
         for worker in self._crew.workers:
@@ -149,22 +147,20 @@ class Supervisor:
         capacities = (config.sockets.max, workers, netifs, config.sockets.groups, config.inet.neighbours)
         size = Table.size(*capacities)
         segment = Segment.create(segment_name(self._uid, config.name, "table"), size, L.SEG_TABLE)
+        self._exits.callback(segment.close)
         self._exits.callback(segment.unlink)
-        try:
-            offset = self._arena.map_fd(segment.fd, size)
-        finally:
-            segment.close()
+        leavings.claim(segment.fd)
+        offset = self._arena.map_fd(segment.fd, size)
         return Table(self._arena.mem, offset, *capacities)
 
     def _warm(self) -> None:
         """Compile or load all kernels: workers inherit them. Says so when it takes long."""
-        kinds = {one.__struct_config__.tag for one in self._config.netif}
-        netifs = (importlib.import_module(f"dataplane.netif.{kind}") for kind in sorted(map(str, kinds)))
+        kinds = {str(one.__struct_config__.tag) for one in self._config.netif}
         notice = threading.Timer(1.0, self._say, ["compiling kernels, once for this version"])
         notice.daemon = True
         notice.start()
         try:
-            warm([*KERNELS, *netifs])
+            warm_up(kinds)
         finally:
             notice.cancel()
             notice.join()       # no second thread when workers are forked
@@ -233,6 +229,8 @@ class Supervisor:
     def _tick(self) -> None:
         self._poll_netifs()
         self._report_failures()
+        if self._stopping:
+            return
         if all(worker.ended for worker in self._crew.workers) and self._nothing_left():
             self._loop.stop()
 
@@ -284,10 +282,17 @@ class Supervisor:
         self._interrupts += 1
         if not self._running:           # still starting: nothing is served yet, undo what was done
             raise KeyboardInterrupt
-        self._loop.stop()
+        if not self._stopping:
+            self._loop.stop()
 
     def _woken(self) -> None:
         self._crew.reap()
+
+
+def _allow_descriptors() -> None:
+    """One per consumer and one per event loop: as many as we may have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextlib.contextmanager

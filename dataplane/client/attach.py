@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
+from dataplane.client import drain, fields, transmit
 from dataplane.client.addresses import Address, Routes, parse_address, parse_host, parse_port
 from dataplane.client.poller import Poller
 from dataplane.client.session import Session
-from dataplane.client.sockets import RawSocket, Socket, TapSocket, UDPSocket
+from dataplane.client.sockets import RawSocket, Socket, TapSocket
 from dataplane.client.transmit import Transmitter
+from dataplane.client.udp import UDPSocket
 from dataplane.control import messages
 from dataplane.control.wire import Connection
+from dataplane.jit import warm
 
 __all__ = ["Dataplane", "attach"]
+
+_warming = threading.Lock()
 
 
 def attach(name: str, *, spin_us: float = 20.0) -> Dataplane:
@@ -30,6 +36,8 @@ def attach(name: str, *, spin_us: float = 20.0) -> Dataplane:
         raise ValueError(f"spin_us must not be negative: {spin_us}")
     connection = Connection.open(name)
     try:
+        with _warming:
+            warm((drain, fields, transmit))     # now: neither when the first packet waits, nor in two threads
         return Dataplane(Session(connection, int(spin_us * 1000)))
     except BaseException:
         connection.close()

@@ -19,6 +19,7 @@ from dataplane.shm import layout as L
 
 __all__ = ["Poller"]
 
+_AT_ONCE = 1024  # sockets in one request: well below messages.MAX_MESSAGE
 NOBODY = -1     # in a SetWake request: the socket's own wake object
 
 
@@ -148,7 +149,8 @@ class Poller:
 
     def _point_at(self, slot: int) -> None:
         """Tells the workers whom to wake. In the time until they know both wake objects may be used."""
-        requests = [messages.SetWake(sock.bound.pcb, sock.bound.generation, slot) for _, sock in self._live]
+        sockets = [(sock.bound.pcb, sock.bound.generation) for _, sock in self._live]
+        requests = [messages.SetWake(sockets[i:i + _AT_ONCE], slot) for i in range(0, len(sockets), _AT_ONCE)]
         self.session.connection.pipeline(requests, messages.Done)
 
     def __enter__(self) -> Poller:

@@ -1,4 +1,4 @@
-"""Sockets: what a consumer receives from and sends with. Made by `Dataplane.udp`, `raw` and `tap`.
+"""Sockets: what a consumer receives from. Made by `Dataplane.udp`, `raw` and `tap`; sending is in `udp`.
 
 A call that finds packets in the ring makes one jitted call for many of them; the per-packet calls are then
 served from what it found, and the ring gets its memory back when that is used up. Threads may share a
@@ -8,9 +8,7 @@ socket: receiving calls take turns.
 from __future__ import annotations
 
 import errno
-import os
 import socket
-import struct
 from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -18,26 +16,22 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 
 from dataplane.client import consume, drain
-from dataplane.client.addresses import Address, Routes, parse_address
+from dataplane.client.addresses import Address
 from dataplane.client.batch import Batch
 from dataplane.client.events import Batches
 from dataplane.client.session import Session
-from dataplane.client.transmit import Transmitter
 from dataplane.client.waiting import Waiter, deadline_of
 from dataplane.control import messages
 from dataplane.errors import DataplaneError, Stopped
 from dataplane.shm import layout as L
 
-__all__ = ["RawSocket", "Socket", "TapSocket", "UDPSocket"]
+__all__ = ["MAX_ADDRESSES", "RawSocket", "Socket", "TapSocket"]
 
 PREFETCH = 256
 """Packets that one jitted call finds for the per-packet calls."""
 
 MAX_ADDRESSES = 65536
 """Address tuples that a socket remembers."""
-
-MAX_PAYLOAD = {4: 65507, 6: 65527}
-"""Largest UDP payload: 65,535 minus 20 bytes of IPv4 header, or nothing, minus 8 of UDP."""
 
 From = TypeVar("From", Address, None)
 
@@ -362,53 +356,6 @@ class Socket(Generic[From]):
         return f"<{type(self).__name__} {host or '*'}:{'*' if port is None else port}{state}>"
 
 
-class UDPSocket(Socket[Address]):
-    """UDP: the payload is the datagram's."""
-
-    kind = "udp"
-
-    def __init__(self, session: Session, bound: messages.Bound, remote: Address | None,
-                 transmitter: Transmitter, routes: Routes) -> None:
-        super().__init__(session, bound, remote)
-        self._transmitter, self._routes = transmitter, routes
-        self._headers: dict[Address, tuple[bytes, int]] = {}
-
-    def sendto(self, data: Any, address: Address | None = None, timeout: float | None = None) -> int:
-        """Sends one datagram; the number of its bytes. Without `address` to the connected peer. Waits while
-        the transmit ring is full. OSError: EMSGSIZE, ENETUNREACH, EAFNOSUPPORT, EDESTADDRREQ."""
-        self.check()
-        address = address or self.remote
-        header, largest = self._headers.get(address) or self._header(address)  # type: ignore[arg-type]
-        if not isinstance(data, bytes | bytearray):
-            data = memoryview(data).cast("B")
-        size = len(data)
-        if size > largest:
-            raise OSError(errno.EMSGSIZE, f"a datagram has at most {largest} bytes, not {size}")
-        self._transmitter.send(header, data, size, deadline_of(timeout))
-        return size
-
-    def send(self, data: Any, timeout: float | None = None) -> int:
-        """Sends one datagram to the connected peer; as `sendto`."""
-        return self.sendto(data, None, timeout)
-
-    def _header(self, address: Address | None) -> tuple[bytes, int]:
-        """The transmit record's fixed part, and how long the payload may be."""
-        if address is None:
-            raise OSError(errno.EDESTADDRREQ, os.strerror(errno.EDESTADDRREQ))
-        host, port = parse_address(address)
-        here = self.bound.address
-        if here is not None and (":" in here) != (host.version == 6):
-            raise OSError(errno.EAFNOSUPPORT, f"{host} cannot be reached from a socket bound to {here}")
-        self._routes.demand(host)
-        high, low = divmod(int(host), 1 << 64)
-        header = _HEADER.pack(self.bound.pcb, self.bound.generation & 0xFFFFFFFF, host.version, port,
-                              high, low)
-        if len(self._headers) >= MAX_ADDRESSES:
-            self._headers.clear()
-        self._headers[address] = header, MAX_PAYLOAD[host.version]
-        return self._headers[address]
-
-
 class RawSocket(Socket[Address]):
     """Raw IP: the payload is the IP packet; the port of the peer's address is 0."""
 
@@ -422,8 +369,3 @@ class TapSocket(Socket[None]):
 
     def _address(self, i: int) -> None:
         return None
-
-
-_HEADER = struct.Struct("=IIHH4xQQ")
-assert (_HEADER.size == L.TX_PAYLOAD and L.TX_GENERATION == 4 and L.TX_FAMILY == 8 and L.TX_PORT == 10
-        and L.TX_ADDRESS_HI == 16)

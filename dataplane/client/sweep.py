@@ -12,6 +12,7 @@ Called by `consume`, with the turn of the lanes.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -33,16 +34,19 @@ _HEADS, _RECORDS = 16, 8        # lanes whose heads, and whose first records, ar
 _OPTIONS = ("fastmath", "boundscheck", "error_model")   # of the user's @njit that are kept
 
 _sweeps: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_making = threading.Lock()
 
 
 def sweep_for(kernel: Any) -> Any:
     """The sweep around `kernel`, made once. TypeError unless that is jitted."""
     if not isinstance(kernel, Dispatcher):
         raise TypeError(f"consume needs a function made with @numba.njit, not {kernel!r}")
-    if (sweep := _sweeps.get(kernel)) is None:
-        options = {name: value for name, value in kernel.targetoptions.items() if name in _OPTIONS}
-        sweep = _sweeps[kernel] = _make_sweep(njit(forceinline=True, nogil=True, **options)(kernel.py_func))
-    return sweep
+    with _making:
+        if (sweep := _sweeps.get(kernel)) is None:
+            options = {name: value for name, value in kernel.targetoptions.items() if name in _OPTIONS}
+            function = njit(forceinline=True, nogil=True, **options)(kernel.py_func)
+            sweep = _sweeps[kernel] = _make_sweep(function)
+        return sweep
 
 
 @inlined

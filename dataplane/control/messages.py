@@ -50,11 +50,10 @@ class Close(Message, frozen=True, tag="close"):
 
 
 class SetWake(Message, frozen=True, tag="set_wake"):
-    """Points a socket at one of the home segment's poller wake objects, or (-1) back at its own.
-    Answered when no worker can still use the former one."""
+    """Points sockets, each (PCB, generation), at one of the home segment's poller wake objects, or (-1)
+    back at their own. Answered when no worker can still use the former ones."""
 
-    pcb: int
-    generation: int
+    sockets: list[tuple[int, int]]
     poller: int
 
 

@@ -50,7 +50,7 @@ def rip_input(mem, w, p, mode):
     packet = ld64(mem, p + L.P_L3)
     length = ld64(mem, p + L.P_L3_LENGTH)
     flow = flow_hash(mem, L.LINK_RAW, packet, length)
-    word = record_word(mem, p, ld64(mem, p + L.P_L4) - packet)
+    word = record_word(mem, p, 0)       # a raw socket's payload is the packet itself
     pcbs = ld64(mem, table + L.T_PCBS)
     result = 0
     while following != 0:

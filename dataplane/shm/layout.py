@@ -49,7 +49,7 @@ RECORD_PAD = 1          # flags: skip; length counts the bytes behind the header
 RECORD_VLAN = 2         # flags: aux holds a VLAN tag
 RECORD_FRAME = 4        # flags: a tap's frame; aux is the length on the wire
 RECORD_REASSEMBLED = 8  # flags: made of fragments
-# aux of a packet: payload offset:16 | VLAN tag control information:16
+# aux of a packet: offset of what the socket calls payload (raw sockets: 0):16 | VLAN tag control information:16
 
 # -- lane state: what one worker knows of one socket's lane; 64 bytes, in the table -----------
 # Indexed [worker][PCB]. Written by that worker; the supervisor fills it before the PCB can

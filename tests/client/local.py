@@ -13,8 +13,9 @@ from typing import Any
 
 from dataplane.client.addresses import Routes
 from dataplane.client.session import Session
-from dataplane.client.sockets import RawSocket, Socket, TapSocket, UDPSocket
+from dataplane.client.sockets import RawSocket, Socket, TapSocket
 from dataplane.client.transmit import Transmitter
+from dataplane.client.udp import UDPSocket
 from dataplane.control import messages
 from dataplane.errors import DataplaneError
 from dataplane.jit import kernel

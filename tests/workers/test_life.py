@@ -80,6 +80,16 @@ def test_a_second_start_is_refused() -> None:
         assert dp.interrupt() == 0
 
 
+def test_another_runtime_directory_is_no_way_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Running() as dp:
+        with monkeypatch.context() as other:
+            other.setenv("DATAPLANE_RUNTIME_DIR", str(tmp_path))
+            with Running(name=dp.name) as second:
+                assert second.wait() == 2 and "is running already" in second.errors
+        assert len(dp.remains()) == 3
+        assert dp.interrupt() == 0
+
+
 def test_it_ends_by_itself_when_all_is_taken() -> None:
     with Running(count=1000, start=1) as dp:
         connection, _ = dp.attach()

@@ -1,0 +1,46 @@
+"""Which modules' kernels a dataplane needs, and how they are made ready before the first fork.
+
+Called by the supervisor at every start: compiled once for each version of the sources, afterwards loaded.
+`python -m workers.kernels` compiles all there are, for instance before a test run or in an image.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterable
+from types import ModuleType
+
+from dataplane import ledger, netif
+from dataplane.client import drain, fields
+from dataplane.client import transmit as client_transmit
+from dataplane.inet import neighbour_table, step, transmit
+from dataplane.jit import warm
+from dataplane.pcb import lookup, reuseport
+from dataplane.rings import pcq, wake
+from dataplane.shm import epoch
+from workers import duty, rx
+
+__all__ = ["warm_up"]
+
+WORKERS: tuple[ModuleType, ...] = (
+    epoch, lookup, reuseport, wake, ledger, neighbour_table, step, transmit, duty, rx)
+CONSUMERS: tuple[ModuleType, ...] = (drain, fields, client_transmit)
+_COLD = 1.0     # seconds; loading takes less
+
+
+def _netifs(kinds: Iterable[str]) -> list[ModuleType]:
+    return [importlib.import_module(f"dataplane.netif.{kind}") for kind in sorted(kinds)]
+
+
+def warm_up(kinds: Iterable[str]) -> None:
+    """Makes ready what a supervisor and its workers call, with netifs of these kinds. If that had to be
+    compiled, so have probably the consumers' kernels: then these are compiled as well, once and for all."""
+    start = time.monotonic()
+    warm([*WORKERS, *_netifs(kinds)])
+    if time.monotonic() - start > _COLD:
+        warm(CONSUMERS)
+
+
+if __name__ == "__main__":
+    warm([*WORKERS, *CONSUMERS, pcq, *_netifs(netif.kinds())])
