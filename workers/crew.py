@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 from dataplane.control.loop import Loop
 from dataplane.errors import DataplaneError
+from dataplane.shm.bell import new_bell, ring
 from workers import orders
 
 STORM_DEATHS = 5        # more than so many deaths
@@ -29,9 +30,9 @@ Ticket = Callable[[], bool]
 class Worker:
     """One RX worker's process and the conversation with it."""
 
-    def __init__(self, index: int, core: int, doorbell: int) -> None:
+    def __init__(self, index: int, core: int) -> None:
         self.index, self.core = index, core
-        self.doorbell = doorbell            # eventfd: something to transmit, or to look at
+        self.doorbell, self.rope = new_bell()   # rung: something to transmit, or to look at
         self.pid = 0                        # 0: no process
         self.channel: socket.socket | None = None
         self.ready = self.ended = False
@@ -42,7 +43,7 @@ class Worker:
 
     def ring(self) -> None:
         """Let the worker look at what it transmits and at its netifs, should it sleep."""
-        os.eventfd_write(self.doorbell, 1)
+        ring(self.rope)
 
 
 class Crew:
@@ -54,8 +55,7 @@ class Crew:
         self._loop, self._work, self._died, self._mail = loop, work, died, mail
         self._deaths: deque[float] = deque(maxlen=STORM_DEATHS + 1)
         self._stopping = False
-        self.workers = [Worker(index, core, os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
-                        for index, core in enumerate(cores)]
+        self.workers = [Worker(index, core) for index, core in enumerate(cores)]
 
     def start(self) -> None:
         """Fork all workers. `ready` and `ended` tell how far they are."""
@@ -83,6 +83,7 @@ class Crew:
         self.kill()
         for worker in self.workers:
             os.close(worker.doorbell)
+            os.close(worker.rope)
 
     # -- orders ----------------------------------------------------------------------------------------------
 

@@ -66,5 +66,5 @@ def nap(mem, w, fds, timeout_ns):
     ready = ppoll(mem, fds, count, timeout_ns, fds + _SCRATCH)
     doorbell = ld64(mem, fds + NAP_DOORBELL)
     if ready > 0 and (doorbell >> 48) & POLLIN:
-        read(mem, doorbell & 0x7FFFFFFF, fds + _SCRATCH, 8)
+        read(mem, doorbell & 0x7FFFFFFF, fds + _SCRATCH, NAP_BYTES - _SCRATCH)
     return ready

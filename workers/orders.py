@@ -47,14 +47,14 @@ class Release(Message, frozen=True):
 
 
 class Listen(Message, frozen=True):
-    """The descriptor that comes along is the eventfd `number`, which belongs to this consumer."""
+    """The descriptor that comes along is the ringing end of bell `number`, which belongs to this consumer."""
 
     number: int
     consumer: int
 
 
 class Forget(Message, frozen=True):
-    """Close the eventfd `number`."""
+    """Close the bell `number`."""
 
     number: int
 

@@ -1,4 +1,4 @@
-"""The consumers' memory: home segments, ring segments with the slots of many sockets each, eventfds.
+"""The consumers' memory: home segments, ring segments with the slots of many sockets each, bells.
 
 Called by the control service. Everything here is mapped by the supervisor first and then, at the same offset
 of the arena, by every RX worker, so that a worker that is forked later inherits it. What is handed out may be
@@ -21,6 +21,7 @@ from dataplane.rings.lane import lane_bytes
 from dataplane.rings.wake import init_wake
 from dataplane.shm import layout as L
 from dataplane.shm.arena import Arena
+from dataplane.shm.bell import new_bell
 from dataplane.shm.segment import Segment
 from workers import orders
 from workers.crew import Crew, Ticket
@@ -72,7 +73,8 @@ class Owner:
     home: Mapping
     rings: dict[int, list[Rings]] = field(default_factory=dict)             # by ring bytes
     sockets: dict[int, tuple[Rings, int]] = field(default_factory=dict)     # PCB number to segment and slot
-    events: dict[int, int] = field(default_factory=dict)                    # eventfd number to descriptor
+    bells: dict[int, tuple[int, int]] = field(default_factory=dict)         # by number: listening, ringing end
+    rope: int = -1              # its own ringing end of the doorbell of the worker that transmits for it
     closing: int = 0            # sockets that are being closed and still hold their slots
 
     @property
@@ -169,23 +171,27 @@ class Memory:
             mem[lane:lane + L.LANE_DATA] = 0
         init_wake(mem, rings.wake(slot))
 
-    # -- eventfds --------------------------------------------------------------------------------------------
+    # -- bells -----------------------------------------------------------------------------------------------
 
     def event(self, owner: Owner) -> tuple[int, int, Ticket]:
-        """A new eventfd: its number, its descriptor, and when all workers have it."""
-        descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        """A new bell: its number, its listening end, and when all workers can ring it."""
+        listening, ringing = new_bell()
         number = self._free_events.pop()
-        owner.events[number] = descriptor
-        return number, descriptor, self._crew.order(orders.Listen(number, owner.consumer), descriptor)
+        owner.bells[number] = listening, ringing
+        return number, listening, self._crew.order(orders.Listen(number, owner.consumer), ringing)
 
     def forget_events(self, owner: Owner) -> Ticket:
-        """Let the workers close the consumer's eventfds; `close_events` when the ticket says True."""
-        tickets = [self._crew.order(orders.Forget(number)) for number in owner.events]
+        """Let the workers close the consumer's bells; `close_events` when the ticket says True."""
+        tickets = [self._crew.order(orders.Forget(number)) for number in owner.bells]
         return lambda: all(ticket() for ticket in tickets)
 
     def close_events(self, owner: Owner) -> None:
         """Close the supervisor's own copies."""
-        for number, descriptor in owner.events.items():
-            os.close(descriptor)
+        for number, ends in owner.bells.items():
+            for descriptor in ends:
+                os.close(descriptor)
             self._free_events.append(number)
-        owner.events.clear()
+        owner.bells.clear()
+        if owner.rope >= 0:
+            os.close(owner.rope)
+            owner.rope = -1

@@ -33,6 +33,7 @@ from dataplane.rings.wake import ring_wake, wake_ring
 from dataplane.shm import layout as L
 from dataplane.shm.arena import Arena
 from dataplane.shm.atomics import exchange, ld64, store_release
+from dataplane.shm.bell import ring
 from dataplane.shm.epoch import mark_offline, mark_online
 from workers import orders
 from workers.duty import NAP_BYTES, NAP_DOORBELL, NAP_ORDERS, Duty, nap, pollfd
@@ -182,7 +183,7 @@ class RxWorker:
         ring_homes(self._mem, list(self._post.homes.values()))
         ring_sockets(self._mem, self._table.offset)
         for descriptor in self._events.values():
-            os.eventfd_write(descriptor, 1)
+            ring(descriptor)
 
     # -- orders ----------------------------------------------------------------------------------------------
 
@@ -234,7 +235,7 @@ class RxWorker:
         add_consumer(self._mem, self._w, home, consumer)
 
     def _listen(self, number: int, descriptor: int, consumer: int) -> None:
-        """Let the kernels find the eventfd `number`; -1: no longer."""
+        """Let the kernels find the bell `number`; -1: no longer."""
         entry = self._table.get(self._w + L.W_EVENTS) + 16 * number
         self._table.put(entry, descriptor)
         self._table.put(entry + 8, consumer)

@@ -25,13 +25,14 @@ from dataplane.control.server import Answer, Peer
 from dataplane.errors import DataplaneError
 from dataplane.pcb.table import Table
 from dataplane.shm import layout as L
+from dataplane.shm.bell import another_rope
 from workers import orders
 from workers.binding import Binding, describe
 from workers.crew import Crew, Ticket
 from workers.owners import Memory, Owner, Rings
 
 GUARD = 1.0             # seconds after which a worker that does not obey fails a request
-MAX_EVENTS = 256        # eventfds of one consumer
+MAX_EVENTS = 256        # bells of one consumer
 PAGE = 256              # sockets in one reply of `ss`
 
 
@@ -108,6 +109,7 @@ class ControlService:
         owner = Owner(consumer, peer.pid, peer.uid, peer.gid, sealed, home)
         self.owners[peer] = owner
         worker = self._crew.workers[consumer % len(self._crew.workers)]
+        owner.rope = another_rope(worker.rope)
         try:
             await self._obeyed(home.mapped,
                                self._crew.order(orders.Adopt(consumer, home.offset), worker=worker))
@@ -119,7 +121,7 @@ class ControlService:
         return messages.Attached(
             name=self._config.name, pid=self._pid, consumer=consumer, workers=len(self._crew.workers),
             home=described, tx_ring_bytes=sockets.tx_ring_bytes, ring_bytes=sockets.ring_bytes,
-            netifs=self._netifs), [worker.doorbell, *descriptors]
+            netifs=self._netifs), [owner.rope, *descriptors]
 
     def consumers_of(self, worker: int) -> list[tuple[int, int]]:
         """(consumer, home segment's place) of those that a worker transmits for."""
@@ -127,18 +129,19 @@ class ControlService:
                 if owner.consumer % len(self._crew.workers) == worker]
 
     def events(self) -> list[tuple[int, int, int]]:
-        """(number, descriptor, consumer) of all eventfds."""
-        return [(number, descriptor, owner.consumer) for owner in self.owners.values()
-                for number, descriptor in owner.events.items()]
+        """(number, ringing end, consumer) of all bells."""
+        return [(number, ringing, owner.consumer) for owner in self.owners.values()
+                for number, (_, ringing) in owner.bells.items()]
 
     async def _retire(self, owner: Owner) -> None:
         """Takes apart what a consumer owned that is gone. Not guarded: memory that a stuck worker may
         still use is kept for as long as it is stuck."""
         until = self._loop.until
         self.retiring.append(owner)
+        released = self._crew.order(orders.Release(owner.consumer))
+        await until(released, GUARD)    # what it has sent goes out, and for that its sockets must be open
         for pcb in list(owner.sockets):
             self._shut(owner, pcb)
-        released = self._crew.order(orders.Release(owner.consumer))
         await until(released)
         await until(lambda: owner.closing == 0)
         await until(self._memory.forget_events(owner))
@@ -218,8 +221,8 @@ class ControlService:
         return messages.Done(), ()
 
     async def _event(self, owner: Owner) -> Answer:
-        if len(owner.events) >= MAX_EVENTS:
-            raise OSError(errno.EMFILE, f"a consumer has at most {MAX_EVENTS} eventfds")
+        if len(owner.bells) >= MAX_EVENTS:
+            raise OSError(errno.EMFILE, f"a consumer has at most {MAX_EVENTS} bells")
         number, descriptor, known = self._memory.event(owner)
         await self._obeyed(known)
         return messages.Evented(number), [descriptor]

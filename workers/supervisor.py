@@ -35,6 +35,7 @@ from dataplane.pcb.table import Table
 from dataplane.shm import epoch
 from dataplane.shm import layout as L
 from dataplane.shm.arena import Arena
+from dataplane.shm.bell import ring
 from dataplane.shm.segment import Segment, segment_name
 from workers import leavings, rx
 from workers.crew import Crew, Worker
@@ -221,8 +222,7 @@ class Supervisor:
         rx.ring_homes(mem, [owner.home.offset for owner in self._service.owners.values()])
         rx.ring_sockets(mem, self._table.offset)
         for _, descriptor, _ in self._service.events():
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_write(descriptor, 1)
+            ring(descriptor)
 
     # -- watching --------------------------------------------------------------------------------------------
 

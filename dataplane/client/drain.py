@@ -244,9 +244,9 @@ def await_packets(mem, rows, waiter, deadline):
 
 @kernel("i64(mem, vec, i64)")
 def arm_event(mem, rows, wake):
-    """From now on the eventfd announces packets. 1 if there are some already: then it is not armed."""
+    """From now on the bell announces packets. 1 if there are some already: then it is not armed."""
     # SYNC wake-state: as in await_packets.
-    wake_arm(mem, wake, L.WAKE_EVENTFD)
+    wake_arm(mem, wake, L.WAKE_PIPE)
     if not _look(mem, rows):
         return 0
     wake_disarm(mem, wake)
@@ -262,7 +262,7 @@ def disarm(mem, wake):
 @kernel("i64(mem, i64)")
 def armed(mem, wake):
     """Whether nobody has been notified since arm_event."""
-    return load_relaxed(mem, wake + L.WAKE_STATE) == L.WAKE_EVENTFD
+    return load_relaxed(mem, wake + L.WAKE_STATE) == L.WAKE_PIPE
 
 
 @kernel("none(mem, i64)")

@@ -1,14 +1,13 @@
-"""Waiting in an asyncio event loop: one eventfd for all sockets of a loop, and no thread.
+"""Waiting in an asyncio event loop: one bell for all sockets of a loop, and no thread.
 
-A socket that waits is armed with WAKE_EVENTFD and the number of the loop's eventfd; the worker that has
-packets for it disarms it and writes the eventfd; the loop's reader then asks each waiting socket
+A socket that waits is armed with WAKE_PIPE and the number of the loop's bell; the worker that has
+packets for it disarms it and rings it; the loop's reader then asks each waiting socket
 whether it is still armed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from dataplane.control import messages
 from dataplane.control.wire import close_all
 from dataplane.errors import DataplaneError, Stopped
 from dataplane.shm import layout as L
+from dataplane.shm.bell import quiet
 
 if TYPE_CHECKING:
     from dataplane.client.batch import Batch
@@ -31,7 +31,7 @@ TICK = 0.25
 
 
 class EventSource:
-    """One event loop's eventfd."""
+    """One event loop's bell."""
 
     def __init__(self, session: Session, loop: asyncio.AbstractEventLoop) -> None:
         evented, descriptors = session.request_with(messages.Event(), messages.Evented)
@@ -39,7 +39,6 @@ class EventSource:
         self.descriptor = descriptors.pop(0)
         close_all(descriptors)
         session.keep(self.descriptor)
-        os.set_blocking(self.descriptor, False)
         self._waiting: dict[Socket[Any], asyncio.Future[None]] = {}
         self._tick: asyncio.TimerHandle | None = None
         self.watch(loop)
@@ -76,8 +75,7 @@ class EventSource:
             drain.disarm(mem, wake)
 
     def _fired(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.descriptor, 8)
+        quiet(self.descriptor)
         mem = self._session.memory.mem
         for sock, future in self._waiting.items():
             if not future.done() and not drain.armed(mem, sock.waiter.wake):

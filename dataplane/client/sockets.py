@@ -194,7 +194,7 @@ class Socket(Generic[From]):
                 yield batch
 
     def __aiter__(self) -> AsyncIterator[Batch]:
-        """Batches as in `batches`, for `async for`: the event loop watches an eventfd."""
+        """Batches as in `batches`, for `async for`: the event loop watches a descriptor."""
         return Batches(self)
 
     def _take(self, max_packets: int) -> Batch | None:

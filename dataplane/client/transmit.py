@@ -30,6 +30,7 @@ _BYTES = _BODY + L.TX_PAYLOAD + 65536
 
 _PAUSE = 0.00005                # seconds of the first sleep when the lane is full; the longest:
 _LONGEST_PAUSE = 0.001
+_PATIENCE = 1.0                 # with a worker that does not transmit
 
 
 @kernel("i64(mem, i64, i64)")
@@ -60,10 +61,11 @@ class Transmitter:
         lane = session.home + L.HOME_TX
         with session.lock:
             self._place = session.memory.block(_BYTES)
-        words = session.memory.words(self._place, _BODY // 8)
+        self._words = words = session.memory.words(self._place, _BODY // 8)
         head = int(session.memory.words(lane + L.LANE_HEAD)[0])
         words[[L.LS_HEAD // 8, L.LS_PUBLISHED // 8]] = head
-        words[L.LS_TAIL // 8] = session.memory.words(lane + L.LANE_TAIL)[0]
+        self._tail = session.memory.words(lane + L.LANE_TAIL)
+        words[L.LS_TAIL // 8] = self._tail[0]
         words[L.LS_BASE // 8] = lane
         words[L.LS_MASK // 8] = session.attached.tx_ring_bytes - 1
         words[_SLEEPING // 8] = session.home + L.HOME_SLEEPING
@@ -100,6 +102,13 @@ class Transmitter:
             if now > awake:
                 time.sleep(min(pause, (deadline - now) / 1e9) if deadline < NEVER else pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def flush(self) -> None:
+        """Returns when all that was sent is in the worker's hands, or a while after it should have been."""
+        head, tail = self._words[L.LS_PUBLISHED // 8], self._tail
+        deadline = time.monotonic() + _PATIENCE
+        while tail[0] < head and not self._session.ended() and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
 
     def abandon(self) -> None:
         """The session is over, perhaps by a fork: the lock's holder may not exist here."""

@@ -54,6 +54,12 @@ class UDPSocket(Socket[Address]):
         """Sends one datagram to the connected peer; as `sendto`."""
         return self.sendto(data, None, timeout)
 
+    def close(self) -> None:
+        """As any socket's; what was sent from it goes out first."""
+        if not self.closed and self.session.over is None:
+            self._transmitter.flush()
+        super().close()
+
     def _header(self, address: Address | None) -> tuple[bytes, int]:
         """The transmit record's fixed part, and how long the payload may be."""
         if address is None:

@@ -58,8 +58,8 @@ class SetWake(Message, frozen=True, tag="set_wake"):
 
 
 class Event(Message, frozen=True, tag="event"):
-    """Asks for an eventfd that workers signal for wake objects that carry its number.
-    Reply: Evented, with the descriptor."""
+    """Asks for a bell (shm/bell.py) that workers ring for wake objects that carry its number.
+    Reply: Evented, with its listening end."""
 
 
 class Stats(Message, frozen=True, tag="stats"):
@@ -95,7 +95,7 @@ class NetifInfo(Message, frozen=True, tag="netif"):
 
 
 class Attached(Message, frozen=True, tag="attached"):
-    """Descriptors: the doorbell (eventfd) of the worker that transmits for this consumer, then
+    """Descriptors: the ringing end of the doorbell of the worker that transmits for this consumer, then
     the home segment's where it has no name."""
 
     name: str

@@ -81,8 +81,10 @@ class Server:
             self._listener.bind(os.fspath(path))
             path.chmod(0o666)
             self._listener.listen(_BACKLOG)
-        except BaseException:
+        except BaseException as error:
             self._listener.close()
+            if isinstance(error, OSError) and error.errno is None:      # longer than sun_path, 107 bytes
+                raise DataplaneError(f"{path}: {error}; DATAPLANE_RUNTIME_DIR chooses another directory") from None
             raise
         self._listen()
 

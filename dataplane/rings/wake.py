@@ -6,7 +6,7 @@ says how the waiter sleeps:
 
     WAKE_AWAKE      it will look by itself: nothing to do
     WAKE_FUTEX      it sleeps, or is about to, on the state word itself
-    WAKE_EVENTFD    its event loop watches the eventfd whose number is in WAKE_EVENT
+    WAKE_PIPE    its event loop watches the bell (shm/bell.py) whose number is in WAKE_EVENT
 
     waiter                                      notifier (RX worker, at the end of a burst)
       wake_arm:     exchange state <- how         publish all lanes
@@ -86,8 +86,8 @@ def wake_sleep(mem, wake, deadline_ns, scratch):
 
 @inlined
 def wake_notify(mem, wake):
-    """Notifier: wakes the waiter if it sleeps or is about to. WAKE_EVENTFD when the caller has to
-    write the eventfd of WAKE_EVENT, else 0. The caller has published and issued a fence before."""
+    """Notifier: wakes the waiter if it sleeps or is about to. WAKE_PIPE when the caller has to
+    ring the bell of WAKE_EVENT, else 0. The caller has published and issued a fence before."""
     # SYNC wake-state: behind the notifier's fence, pairs with the exchange in wake_arm; else an armed
     # waiter could be taken for an awake one.
     if load_relaxed(mem, wake + L.WAKE_STATE) == L.WAKE_AWAKE:
@@ -97,17 +97,17 @@ def wake_notify(mem, wake):
     if mode == L.WAKE_FUTEX:
         futex_wake(mem, wake + L.WAKE_STATE)
         return 0
-    return L.WAKE_EVENTFD if mode == L.WAKE_EVENTFD else 0
+    return L.WAKE_PIPE if mode == L.WAKE_PIPE else 0
 
 
 @inlined
 def wake_ring(mem, wake):
     """Wakes the waiter whatever the state says: after a notifier's death, and at the end of the
-    dataplane. WAKE_EVENTFD when the caller has to write the eventfd of WAKE_EVENT too, else 0."""
+    dataplane. WAKE_PIPE when the caller has to ring the bell of WAKE_EVENT too, else 0."""
     # SYNC wake-claim: pairs with the exchange in wake_notify of the dead, who may not have got to the wake.
     exchange(mem, wake + L.WAKE_STATE, L.WAKE_AWAKE)
     futex_wake(mem, wake + L.WAKE_STATE)
-    return L.WAKE_EVENTFD if ld64(mem, wake + L.WAKE_EVENT) > 0 else 0
+    return L.WAKE_PIPE if ld64(mem, wake + L.WAKE_EVENT) > 0 else 0
 
 
 @kernel("i64(mem, i64)")

@@ -65,10 +65,10 @@ LS_DROPPED = 56         # packets dropped because the ring was full
 LS_BYTES = 64
 
 # -- wake object: belongs to one waiter; 64 bytes in an owner segment -------------------------
-WAKE_STATE = 0          # WAKE_AWAKE | WAKE_FUTEX | WAKE_EVENTFD; exchanged by both sides. The futex too
-WAKE_EVENT = 8          # number of the eventfd in the workers, 0 if none (a hint: validated)
+WAKE_STATE = 0          # WAKE_AWAKE | WAKE_FUTEX | WAKE_PIPE; exchanged by both sides. The futex too
+WAKE_EVENT = 8          # number of the bell (shm/bell.py) in the workers, 0 if none (a hint: validated)
 WAKE_BYTES = 64
-WAKE_AWAKE, WAKE_FUTEX, WAKE_EVENTFD = 0, 1, 2
+WAKE_AWAKE, WAKE_FUTEX, WAKE_PIPE = 0, 1, 2
 
 # -- pcq: multi-producer single-consumer queue of int64 items; rings/pcq.py has its rules ---------
 PCQ_HEAD = 0            # positions claimed so far; only grows. Advanced by any producer
@@ -183,7 +183,7 @@ W_MONOTONIC = 40        # CLOCK_MONOTONIC, ns
 W_NIF_COUNT = 48
 W_BURST = 56            # packet descriptors of the current burst
 W_DIRTY_COUNT = 64
-W_DIRTY = 72            # lanes staged in this burst, int64 [DIRTY_MAX][2]: lane state, its LS_COUNT before
+W_DIRTY = 72            # lanes staged in this burst, int64 [sockets][2]: lane state, its LS_COUNT before
 W_TX_COUNT = 80         # frames waiting to be transmitted in this step
 W_TX_BURST = 88         # their descriptors
 W_TX_BUFFER = 96        # their bytes: TX_BUFFER_BYTES
@@ -201,10 +201,9 @@ W_STEPS = 184
 W_PID = 192
 W_TX_LANES = 200        # private head and tail of the transmit lanes, [CONSUMERS_MAX][2]
 W_CONSUMER_IDS = 208    # consumer number of each, int64 [CONSUMERS_MAX]
-W_EVENTS = 216          # eventfds by number, int64 [EVENTS_MAX][2]: descriptor or -1, consumer that owns it
+W_EVENTS = 216          # bells by number, int64 [EVENTS_MAX][2]: ringing end or -1, consumer that owns it
 W_DELIVERED = 224       # frames and deliveries staged but not yet published: they enter the
 W_DELIVERIES = 232      # ledger's row after the publish
-W_TX_NEXT = 240         # where the next sweep over the transmit lanes begins
 W_TX_REFUSED = 248      # transmit records that could not be sent (hostile, no route, too large)
 W_SCRATCH = 256         # 256 bytes for timespecs, pollfds and headers
 W_BLOCKED = 512         # the last round left frames of a backpressured netif for later
@@ -214,7 +213,6 @@ W_NIF = 1024            # int64 [NIF_MAX]: its queues
 W_BYTES = 4096
 NIF_MAX = 64
 BURST = 64              # frames of one burst
-DIRTY_MAX = 4096
 TX_BURST = 128
 TX_BUFFER_BYTES = 1 << 18
 CONSUMERS_MAX = 4096
@@ -298,7 +296,6 @@ N_BYTES = 4096
 
 NF_PASSIVE = 1          # no addresses: take every packet, transmit nothing
 NF_BACKPRESSURE = 2     # wait for full rings instead of dropping
-NF_FRESH = 4            # our own synthetic memory: checksums are still verified
 NS_RUNNING, NS_ENDED, NS_FAILED = 0, 1, 2
 NIF_ENDED = -4096       # rx: no frame will ever come again (lower than any -errno)
 NIF_FAILED = -4097      # rx: ended because of N_ERROR at N_ERROR_AT

@@ -29,7 +29,7 @@ def packet(data: bytes) -> bytes:
 def announce(local: LocalSession, sock: Any, data: bytes) -> None:
     """What a worker does: publishes, and writes the eventfd if the waiter has armed it."""
     local.produce(sock, [packet(data)])
-    if local.events == L.WAKE_EVENTFD:
+    if local.events == L.WAKE_PIPE:
         os.eventfd_write(local.sources[0].descriptor, 1)
 
 

@@ -115,12 +115,12 @@ def test_a_sleep_that_comes_after_the_notification_ends_at_once(mem: Any) -> Non
 
 
 def test_an_event_loop_is_told_once_through_its_eventfd(mem: Any) -> None:
-    do(mem, ARM, 0, L.WAKE_EVENTFD)
-    assert [do(mem, NOTIFY, 0, 0) for _ in range(2)] == [L.WAKE_EVENTFD, 0]
+    do(mem, ARM, 0, L.WAKE_PIPE)
+    assert [do(mem, NOTIFY, 0, 0) for _ in range(2)] == [L.WAKE_PIPE, 0]
 
 
 def test_disarmed_it_is_awake(mem: Any) -> None:
-    for mode in (L.WAKE_FUTEX, L.WAKE_EVENTFD):
+    for mode in (L.WAKE_FUTEX, L.WAKE_PIPE):
         do(mem, ARM, 0, mode)
         assert state(mem) == mode
         do(mem, DISARM, 0, 0)
@@ -151,7 +151,7 @@ def test_the_bell_rings_for_an_event_loop_whatever_the_state_says(mem: Any) -> N
     assert wake.ring_wake(mem, 0) == 0      # it has no eventfd
     mem[L.WAKE_EVENT] = 3
     mem[L.WAKE_EVENT + 1:L.WAKE_EVENT + 8] = 0
-    assert wake.ring_wake(mem, 0) == L.WAKE_EVENTFD and state(mem) == L.WAKE_AWAKE
+    assert wake.ring_wake(mem, 0) == L.WAKE_PIPE and state(mem) == L.WAKE_AWAKE
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -162,8 +162,8 @@ def test_hostile_content_hurts_nobody(seed: int) -> None:
     mem[:L.WAKE_BYTES] = generator.integers(0, 256, L.WAKE_BYTES, np.uint8)
     if seed % 2:
         mem[:8].view(np.int64)[0] = L.WAKE_FUTEX    # else the wake is hardly ever tried
-    assert do(mem, NOTIFY, 0, 0) in (0, L.WAKE_EVENTFD)
-    assert wake.ring_wake(mem, 0) in (0, L.WAKE_EVENTFD)
+    assert do(mem, NOTIFY, 0, 0) in (0, L.WAKE_PIPE)
+    assert wake.ring_wake(mem, 0) in (0, L.WAKE_PIPE)
     assert (mem[L.WAKE_BYTES:] == 0xEE).all()
 
 

@@ -145,7 +145,7 @@ def test_only_ones_own_sockets(dp: Running, consumer: Connection) -> None:
     consumer.request(messages.SetWake([(bound.pcb, bound.generation)], -1), messages.Done)
 
 
-def test_eventfds(consumer: Connection) -> None:
+def test_bells(consumer: Connection) -> None:
     numbers = set()
     for _ in range(3):
         evented, [descriptor] = consumer.request(messages.Event(), messages.Evented)
