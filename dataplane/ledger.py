@@ -32,7 +32,6 @@ REASONS = (
     "none",                 # 0 is no reason: code 0 is never counted
     # link
     "truncated",            # fewer bytes than the headers promise (also a capture's snap length)
-    "bad_link",             # a link header that cannot be
     "not_ip",               # another network protocol (LLDP, STP, ...), nobody's but a tap's
     "other_host",           # endpoint: the frame is addressed to another station
     "arp",                  # ARP, taken by the stack
@@ -73,7 +72,7 @@ REASONS = (
 
 CODE = {name: code for code, name in enumerate(REASONS)}
 
-(NONE, TRUNCATED, BAD_LINK, NOT_IP, OTHER_HOST, ARP, BAD_ARP, VLAN_DEPTH, BAD_IP_VERSION, BAD_IP_HEADER,
+(NONE, TRUNCATED, NOT_IP, OTHER_HOST, ARP, BAD_ARP, VLAN_DEPTH, BAD_IP_VERSION, BAD_IP_HEADER,
  BAD_IP_CHECKSUM, BAD_IP_OPTIONS, BAD_EXTENSION_HEADER, NOT_LOCAL, MARTIAN, FRAGMENT_INVALID,
  FRAGMENT_OVERLAP, FRAGMENT_DUPLICATE, FRAGMENT_TIMEOUT, FRAGMENT_EVICTED, FRAGMENT_UNFINISHED,
  BAD_UDP_LENGTH, BAD_UDP_CHECKSUM, BAD_ICMP, ICMP_ECHO, ICMP, NEIGHBOUR, BAD_NEIGHBOUR,

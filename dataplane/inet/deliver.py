@@ -10,7 +10,7 @@ from dataplane.jit import inlined, shared
 from dataplane.rings.lane import LANE_FULL, lane_publish, lane_room, lane_stage
 from dataplane.rings.wake import wake_notify
 from dataplane.shm import layout as L
-from dataplane.shm.atomics import acquire, fence, ld64, load_relaxed, st64
+from dataplane.shm.atomics import acquire, fence, ld64, load_relaxed, st64, store_release
 from dataplane.shm.libc import write
 
 __all__ = [
@@ -35,10 +35,10 @@ def merge(a, b):
 
 @shared
 def _wake(mem, w, state):
-    """Wakes the socket's waiter if it sleeps. An eventfd's number comes from memory that the
+    """Wakes the socket's waiter if it sleeps. A bell's number comes from memory that the
     consumer can write: only one that was given to the socket's owner is used."""
     wake = ld64(mem, state + L.LS_WAKE)
-    if wake_notify(mem, wake) != L.WAKE_EVENTFD:
+    if wake_notify(mem, wake) != L.WAKE_PIPE:
         return
     number = load_relaxed(mem, wake + L.WAKE_EVENT)     # hostile: read once, then checked
     if number < 0 or number >= L.EVENTS_MAX:
@@ -69,21 +69,21 @@ def publish_lanes(mem, w):
 
 @inlined
 def _mark_dirty(mem, w, state):
-    """The lane has something to publish. Its packet count stands beside it, so that the
-    replacement of a worker that dies now can take back what was never published."""
+    """The lane has something to publish; the list has room for every lane once. Its packet count stands
+    beside it, so that the replacement of a worker that dies now can take back what was never published."""
     count = ld64(mem, w + L.W_DIRTY_COUNT)
     entry = ld64(mem, w + L.W_DIRTY) + 16 * count
     st64(mem, entry, state)
     st64(mem, entry + 8, ld64(mem, state + L.LS_COUNT))
-    st64(mem, w + L.W_DIRTY_COUNT, count + 1)
+    # SYNC lane-recover: release, so that the entry comes before the count that includes it, and both before
+    # the lane's packet count changes; pairs with the acquire in step.recover of a replacement.
+    store_release(mem, w + L.W_DIRTY_COUNT, count + 1)
 
 
 @inlined
 def stage(mem, w, state, word, time, source, length):
     """Stages a packet in one lane: 1, LANE_FULL or LANE_NEVER. The socket's counters are kept."""
     clean = ld64(mem, state + L.LS_HEAD) == ld64(mem, state + L.LS_PUBLISHED)
-    if clean and ld64(mem, w + L.W_DIRTY_COUNT) == L.DIRTY_MAX:
-        publish_lanes(mem, w)
     done = lane_stage(mem, state, word, time, source, length)
     if done != 1:
         st64(mem, state + L.LS_DROPPED, ld64(mem, state + L.LS_DROPPED) + 1)

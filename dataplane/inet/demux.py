@@ -80,9 +80,6 @@ def _parse(mem, w, nif, p):
     # The rebuilt datagram is a packet like any other, and may be as wrong as any other.
     kind = _ip_input(mem, nif, p)
     st64(mem, p + L.P_VLAN, vlan)
-    if kind == IP_PACKET:
-        return kind
-    fragment_release(mem, w, p)
     return -ledger.BAD_EXTENSION_HEADER if kind == IP_FRAGMENT else kind
 
 

@@ -234,7 +234,9 @@ def recover(mem, w):
     pcbs = ld64(mem, table + L.T_PCBS)
     dirty = ld64(mem, w + L.W_DIRTY)
     lanes = ld64(mem, w + L.W_LANES)
-    for index in range(ld64(mem, w + L.W_DIRTY_COUNT)):
+    # SYNC lane-recover: acquire pairs with _mark_dirty in the dead worker; else an entry could be
+    # read that it had not yet written.
+    for index in range(load_acquire(mem, w + L.W_DIRTY_COUNT)):
         state = ld64(mem, dirty + 16 * index)
         if ld64(mem, state + L.LS_HEAD) != ld64(mem, state + L.LS_PUBLISHED):
             st64(mem, state + L.LS_COUNT, ld64(mem, dirty + 16 * index + 8))

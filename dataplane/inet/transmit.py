@@ -7,7 +7,7 @@ and checked, and what cannot be costs the consumer its queue, nothing else.
 
 from __future__ import annotations
 
-from dataplane.inet.output import udp_output
+from dataplane.inet.output import tx_flush, udp_output
 from dataplane.jit import inlined, kernel, shared
 from dataplane.rings.lane import record_bytes
 from dataplane.shm import layout as L
@@ -76,6 +76,16 @@ def _drain(mem, w, home, private, consumer):
     return taken
 
 
+@shared
+def _finish(mem, w, home, private, consumer):
+    """Takes all that the consumer has queued. No more than fits: it may still be writing."""
+    size = ld64(mem, ld64(mem, w + L.W_TABLE) + L.T_TX_RING)
+    for _ in range(size // (L.RECORD_ALIGN * SWEEP) + 1):
+        if _drain(mem, w, home, private, consumer) == 0:
+            break
+    tx_flush(mem, w)
+
+
 @inlined
 def transmit(mem, w):
     """One sweep over the transmit lanes of this worker's consumers; returns the records taken."""
@@ -105,13 +115,15 @@ def add_consumer(mem, w, home, consumer):
 
 @kernel("i64(mem, i64, i64)")
 def remove_consumer(mem, w, home):
-    """No longer transmits for the consumer with this home segment: 1, or 0 if it did not."""
+    """Sends what the consumer with this home segment has queued, and no longer transmits for it: 1, or
+    0 if it did not."""
     last = ld64(mem, w + L.W_CONSUMER_COUNT) - 1
     consumers = ld64(mem, w + L.W_CONSUMERS)
     for index in range(last + 1):
         if ld64(mem, consumers + 8 * index) == home:
             identities = ld64(mem, w + L.W_CONSUMER_IDS)
             private = ld64(mem, w + L.W_TX_LANES)
+            _finish(mem, w, home, private + 16 * index, ld64(mem, identities + 8 * index))
             st64(mem, consumers + 8 * index, ld64(mem, consumers + 8 * last))
             st64(mem, identities + 8 * index, ld64(mem, identities + 8 * last))
             st64(mem, private + 16 * index, ld64(mem, private + 16 * last))

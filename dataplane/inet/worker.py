@@ -21,7 +21,7 @@ def prepare(arena: Arena, table: Table, index: int, icmp_rate: int, tx_ring_byte
     """Fills worker `index`'s block, and makes what must outlive the worker: the list of lanes that
     it has staged to but not published."""
     block = table.worker(index)
-    table.put(block + L.W_DIRTY, arena.map_anonymous(L.DIRTY_MAX * 16, shared=True))
+    table.put(block + L.W_DIRTY, arena.map_anonymous(table.sockets * 16, shared=True))
     table.put(block + L.W_ICMP_RATE, icmp_rate)
     table.put(table.offset + L.T_TX_RING, tx_ring_bytes)
 

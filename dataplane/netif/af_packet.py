@@ -128,7 +128,8 @@ class Settings(NetifSettings, tag=KIND, frozen=True, kw_only=True):
         try:
             link_type = _Device(self.device).link_type
         except OSError:
-            ctx.error("device", self.device, "an existing interface", "there is none of this name")
+            there = ", ".join(name for _, name in socket.if_nameindex())
+            ctx.error("device", self.device, f"an existing interface ({there})", "there is none of this name")
         if link_type not in (_ARPHRD_ETHER, _ARPHRD_LOOPBACK):
             ctx.error("device", self.device, "an Ethernet interface", f"has the link type {link_type}")
         _address.check(self, ctx)

@@ -324,7 +324,7 @@ class Netif:
 
     def _fill(self, nif: int, settings: Settings, leader: int) -> None:
         """What does not depend on the queue."""
-        flags = L.NF_PASSIVE | L.NF_FRESH | (L.NF_BACKPRESSURE if settings.backpressure else 0)
+        flags = L.NF_PASSIVE | (L.NF_BACKPRESSURE if settings.backpressure else 0)
         self._words(nif, {
             L.N_RX: rx.address, L.N_DONE: done.address, L.N_TX: 0, L.N_LINK: L.LINK_RAW, L.N_FLAGS: flags,
             L.N_FD: -1, L.N_MTU: self.mtu, L.N_START: settings.start})

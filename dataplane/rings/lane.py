@@ -18,7 +18,8 @@ Invariants.
 
 A record needs up to its own size again for padding, so that only records of up to half the ring
 are certain to fit an empty ring; larger ones are refused (`LANE_NEVER`), wherever the head happens to
-stand: what fits now and then would be lost now and then.
+stand: what fits now and then would be lost now and then. No netif has frames of 16 MB, what a
+record's length has room for.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ __all__ = [
 LANE_FULL = 0       # no room now
 LANE_NEVER = -1     # the record is too large for this ring
 _PAD = L.RECORD_PAD << 24
-_LENGTH_MAX = (1 << 24) - 1     # what RECORD_WORD has room for
 
 
 def lane_bytes(ring_bytes: int) -> int:
@@ -66,7 +66,7 @@ def lane_room(mem, state, length):
     need = record_bytes(length)
     head = ld64(mem, state + L.LS_HEAD)
     size = ld64(mem, state + L.LS_MASK) + 1
-    if 2 * need > size or length > _LENGTH_MAX:
+    if 2 * need > size:
         return LANE_NEVER
     left = size - (head & (size - 1))
     if need > left:

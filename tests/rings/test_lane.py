@@ -194,16 +194,16 @@ def test_a_packet_of_any_length_is_refused_or_whole() -> None:
 
 @settings(max_examples=200)
 @given(st.lists(st.one_of(
-    st.integers(-2**63, 2**63 - 1),                                 # a tail that the consumer writes
+    st.tuples(st.just("tail"), st.integers(-2**63, 2**63 - 1)),
+    st.tuples(st.just("near"), st.integers(-200, 200)),             # a tail near the head
     st.tuples(st.integers(0, 2200), st.booleans())), max_size=60))  # a packet, and whether to publish
-def test_a_lying_consumer_hurts_itself_only(history: list[int | tuple[int, bool]]) -> None:
+def test_a_lying_consumer_hurts_itself_only(history: list[tuple[Any, Any]]) -> None:
     ring = Ring(4096)
     believed = published = head = 0
-    for event in history:
-        if isinstance(event, int):
-            ring.put(LANE + L.LANE_TAIL, event)
+    for length, publish in history:
+        if isinstance(length, str):
+            ring.put(LANE + L.LANE_TAIL, publish + (head if length == "near" else 0))
             continue
-        length, publish = event
         claimed = ring.get(LANE + L.LANE_TAIL)
         result = ring.stage(bytes(length))
         tail = ring.get(STATE + L.LS_TAIL)
@@ -218,6 +218,23 @@ def test_a_lying_consumer_hurts_itself_only(history: list[int | tuple[int, bool]
             published = head
         ring.check_guards()
         assert ring.get(LANE + L.LANE_HEAD) == published
+
+
+@pytest.mark.parametrize("distance", [-4096, -1024, -16, -1, 0, 1, 16, 64, 512, 1 << 62])
+def test_a_tail_is_believed_up_to_what_was_published(distance: int) -> None:
+    """Beyond it stand packets that are staged and not the consumer's yet."""
+    ring = Ring(4096)
+    for _ in range(6):
+        assert ring.stage(bytes(496)) == 1
+    ring.do(PUBLISH)
+    published = ring.get(STATE + L.LS_HEAD)
+    for _ in range(2):
+        assert ring.stage(bytes(496)) == 1
+    ring.put(LANE + L.LANE_TAIL, published + distance)
+    believed = 0 <= published + distance <= published
+    room = believed and published + distance >= need(496)
+    assert ring.stage(bytes(496)) == (1 if room else LANE_FULL)
+    assert ring.get(STATE + L.LS_TAIL) == (published + distance if believed else 0)
 
 
 def test_hostile_data_and_head_are_not_read_by_the_producer() -> None:
@@ -291,8 +308,8 @@ def send_stamped(mem, state, first, last, burst):
 
 @kernel("i64(mem, i64, i64, i64, i64)")
 def take_stamped(mem, at, mask, first, last):
-    """Takes packets until `last`, or until none came for long: the next stamp, or -1 - stamp of the first packet
-    that is not as it must be."""
+    """Takes packets until `last` or a little more, or until none came for long: the next stamp, or -1 - stamp of the
+    first packet that is not as it must be."""
     stamp = first
     for _ in range(_SPIN):
         head, tail = lane.lane_peek(mem, at), ld64(mem, at + L.LANE_TAIL)
@@ -310,7 +327,7 @@ def take_stamped(mem, at, mask, first, last):
             position = lane.lane_next(mem, at, mask, position + lane.record_bytes(length), head)
         if head != tail:
             lane.lane_release(mem, at, head, stamp - before)
-        if stamp == last:
+        if stamp >= last:
             return stamp
         for _ in range(20):
             pause()
@@ -318,16 +335,20 @@ def take_stamped(mem, at, mask, first, last):
     return stamp
 
 
-def exchange(packets: int, size: int, burst: int) -> float:
-    """So many packets from another process to this one; packets a second."""
-    for one in (send_stamped, take_stamped):
+def make_shared(size: int) -> tuple[Any, int, int]:
+    """The memory, and where in it the lane and the producer's state are."""
+    for one in (send_stamped, take_stamped, produce):
         one.compile()
     arena = Arena(1 << 30)
-    mem = arena.mem
-    ring = arena.map_anonymous(lane_bytes(size), shared=True)
-    state = arena.map_anonymous(4096)
-    words = mem[state:state + L.LS_BYTES].view(np.int64)
+    ring, state = arena.map_anonymous(lane_bytes(size), shared=True), arena.map_anonymous(4096, shared=True)
+    words = arena.mem[state:state + L.LS_BYTES].view(np.int64)
     words[L.LS_BASE // 8], words[L.LS_MASK // 8] = ring, size - 1
+    return arena.mem, ring, state
+
+
+def exchange(packets: int, size: int, burst: int) -> float:
+    """So many packets from another process to this one; packets a second."""
+    mem, ring, state = make_shared(size)
 
     def send() -> None:
         stamp = 0
@@ -349,6 +370,31 @@ def exchange(packets: int, size: int, burst: int) -> float:
 @pytest.mark.parametrize(("size", "burst"), [(4096, 1), (4096, 7), (65536, 64), (1 << 20, 64)])
 def test_none_is_lost_doubled_or_torn(size: int, burst: int) -> None:
     exchange(500_000, size, burst)
+
+
+@pytest.mark.parametrize("size", [4096, 65536])
+def test_producers_are_killed_and_replaced(size: int) -> None:
+    """Wherever each of them dies, the consumer sees a beginning of what it sent, whole and in order."""
+    mem, ring, state = make_shared(size)
+    for generation in range(100):
+        first = generation << 40
+        stamp = first
+
+        def send(stamp: int = first) -> None:
+            while True:
+                stamp = send_stamped(mem, state, stamp, 1 << 60, 5)
+
+        with Child(send) as producer:
+            while stamp < first + 100 * (generation % 7):
+                stamp = take_stamped(mem, ring, size - 1, stamp, stamp + 1 + generation)
+                assert stamp >= 0
+            assert producer.kill() < 0
+        produce(mem, RECOVER, state, 0, 0, 0)
+        while True:
+            before, stamp = stamp, take_stamped(mem, ring, size - 1, stamp, 1 << 60)
+            assert stamp >= 0, "torn, lost or doubled over a death"
+            if stamp == before:
+                break
 
 
 @pytest.mark.stress
