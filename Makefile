@@ -5,12 +5,13 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS  ?=
 
-.PHONY: help venv demo lint test test-tools clean
+.PHONY: help venv demo lint test soak test-tools clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo     the quickstart: a dataplane, three consumers, a live table (no root needed)'
 	@echo 'make test     the whole test suite; ARGS="-k config" is passed to pytest'
+	@echo 'make soak     its stress tests with full counts'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make venv     only makes .venv and installs into it'
 	@echo 'make clean    removes .venv and everything generated'
@@ -50,7 +51,12 @@ lint: venv
 
 test: venv test-tools
 	$(BIN)/python -m workers.kernels
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not stress" $(ARGS)
+
+# The same tests with the counts that are too long for every day: 10^8 packets, 10^6 sleeps, insertions, datagrams.
+soak: venv test-tools
+	$(BIN)/python -m workers.kernels
+	$(BIN)/python -m pytest -m stress --timeout 1200 $(ARGS)
 
 # The live tests talk to a kernel peer through these. Without them those tests are skipped, and say so.
 test-tools:
