@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from dataplane.client.batch import Batch
     from dataplane.client.poller import Poller
     from dataplane.client.records import ENDPOINT, PacketInfo
-    from dataplane.client.sockets import RawSocket, Socket, TapSocket, UDPSocket
+    from dataplane.client.sockets import RawSocket, Socket, TapSocket
+    from dataplane.client.udp import UDPSocket
 
 __all__ = [
     "ENDPOINT", "Batch", "ConfigError", "Dataplane", "DataplaneError", "LayoutMismatch", "PacketInfo",
@@ -36,7 +37,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "attach": "attach", "Dataplane": "attach", "Batch": "batch", "Poller": "poller", "ENDPOINT": "records",
     "PacketInfo": "records", "RawSocket": "sockets", "Socket": "sockets", "TapSocket": "sockets",
-    "UDPSocket": "sockets",
+    "UDPSocket": "udp",
 }
 
 

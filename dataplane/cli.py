@@ -32,10 +32,9 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file,
 @app.command()
 def check(config: ConfigFile) -> None:
     """Tell whether a configuration is right; else exit 2 and say where it is wrong and what was expected."""
-    from dataplane import netif
-    from dataplane.config import load
+    from dataplane import cli_load
 
-    settings = load(config, netif.kinds())
+    settings = cli_load.check(config)
     kinds = ", ".join(str(one.__struct_config__.tag) for one in settings.netif)
     cores = ", ".join(str(core) for core in settings.cores)
     typer.echo(f"ok {config}: dataplane {settings.name}, RX workers on cores {cores}, netifs: {kinds}")
@@ -93,11 +92,21 @@ def doctor(
     cli_doctor.doctor(config)
 
 
+@app.command()
+def demo(
+    duration: Annotated[float, typer.Option(metavar="S", min=0, help="End by itself then.")] = 10.0,
+) -> None:
+    """Show it: the quickstart's dataplane, four consumers, a live table; no root needed."""
+    from dataplane import cli_demo
+
+    raise typer.Exit(cli_demo.demo(duration))
+
+
 def main() -> None:
     """Run the command line and exit."""
     try:
         app()
-    except DataplaneError as error:
+    except (DataplaneError, PermissionError) as error:
         print(f"dataplane: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before typer has taken over, or after

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dataplane import jit, netif
+from dataplane.cli_load import load_any, table_bytes
 from dataplane.cli_tables import width_for_pipes
-from dataplane.config import Config, available_cores, load
+from dataplane.config import Config, available_cores
 from dataplane.control.paths import runtime_directory
-from dataplane.pcb.table import Table as PcbTable
 
 _CAP_NET_ADMIN, _CAP_NET_RAW = 12, 13
 _WANTED_FEATURES = ("sse4.2", "avx2", "avx512f")
@@ -37,7 +37,7 @@ def doctor(config: Path | None) -> None:
         table.add_column(column)
     for finding in _findings():
         table.add_row(*finding)
-    settings = load(config, netif.kinds()) if config else None
+    settings = load_any(config) if config else None
     for finding in _needs(settings) if settings else ():
         table.add_row(*finding)
     Console(width=width_for_pipes(sys.stdout)).print(table)
@@ -90,9 +90,7 @@ def _memory() -> Iterator[Finding]:
 
 
 def _needs(config: Config) -> Iterator[Finding]:
-    capacities = (config.sockets.max, len(config.cores), len(config.netif), config.sockets.groups,
-                  config.inet.neighbours)
-    needed, free = PcbTable.size(*capacities), shutil.disk_usage("/dev/shm").free
+    needed, free = table_bytes(config), shutil.disk_usage("/dev/shm").free
     verdict = "fits" if needed <= free else "does not fit"
     yield f"{config.name}: table", f"{_bytes(needed)}, {verdict}", "taken at start (sockets.max)"
     cores = ", ".join(map(str, config.cores))

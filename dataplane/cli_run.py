@@ -10,16 +10,15 @@ from typing import Any
 
 from rich.console import Console
 
-from dataplane import netif
+from dataplane.cli_load import load_any, too_large
 from dataplane.cli_tables import ledger_view, width_for_pipes
-from dataplane.config import load
-from dataplane.errors import DataplaneError
+from dataplane.errors import DataplaneError, SegmentSpaceError
 from workers.supervisor import Supervisor
 
 
 def run(config: Path, duration: float | None, ledger: Path | None) -> int:
     """Run until told to stop; the exit code. Errors at the start are raised, later ones are printed."""
-    settings = load(config, netif.kinds())
+    settings = load_any(config)
     if ledger is not None:
         _check_writable(ledger)
     started = False
@@ -36,6 +35,8 @@ def run(config: Path, duration: float | None, ledger: Path | None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         raise DataplaneError(f"{where}{error.strerror or error}") from error
     except DataplaneError as error:
+        if isinstance(error, SegmentSpaceError) and not started:
+            raise too_large(config, settings, error) from error
         if not started:
             raise
         _say(f"dataplane: {error}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,6 +73,22 @@ def test_a_ledger_that_cannot_be_written(tmp_path: Path) -> None:
     config = ROOT / "configs" / "synthetic.toml"
     done = dataplane("run", str(config), "--ledger", str(tmp_path / "no" / "such.json"))
     assert done.returncode == 2 and "--ledger" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.root
+@pytest.mark.needs("unshare", "mount")
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_shared_memory_that_is_too_small(tmp_path: Path, command: str) -> None:
+    """In a mount namespace with a /dev/shm of its own."""
+    config = tmp_path / "large.toml"
+    config.write_text('name = "large"\n[sockets]\nmax = 100000\n[[netif]]\nkind = "synthetic"\n')
+    script = (f"mount -t tmpfs -o size=1m tmpfs /dev/shm && {sys.executable} -m dataplane {command} {config}; "
+              "code=$?; ls /dev/shm; exit $code")
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    message = r"dataplane: \S+large\.toml:3: sockets\.max: 100000: needs \d{7,} bytes in /dev/shm, 1048576 bytes are "
+    assert re.search(message, done.stderr), done.stderr
 
 
 def test_clean_with_nothing_to_do() -> None:

@@ -156,6 +156,7 @@ class ControlService:
     async def _bind(self, owner: Owner, request: messages.Bind) -> Answer:
         binding = Binding(request, self._netifs, self._config.sockets.ring_bytes)
         spec = binding.spec
+        spec.owner, spec.uid, spec.pid = owner.consumer, owner.uid, owner.pid
         if spec.kind == "udp" and spec.port == 0:
             spec.port = self._table.ephemeral_port(spec)
         number = spec.proto if spec.kind == "raw" else spec.port or 0
@@ -165,7 +166,6 @@ class ControlService:
         rings, slot = self._memory.slot(owner, spec.ring_bytes)
         try:
             await self._obeyed(rings.mapped)
-            spec.owner, spec.uid, spec.pid = owner.consumer, owner.uid, owner.pid
             spec.segment, spec.slot = rings.number, slot
             spec.lanes, spec.wake = rings.lanes(slot), rings.wake(slot)
             pcb = self._table.open(spec)

@@ -317,6 +317,8 @@ class Socket(Generic[From]):
         with self.waiter.interrupting():
             if self.closed:
                 return
+            self._requeue()     # what was handed out counts as consumed, what was only found as unread
+            drain.release_rows(self._mem, self.rows)
             self.abandon()
             if poller is not None:
                 poller.drop(self)

@@ -203,6 +203,8 @@ def _connect(path: Path, deadline: float) -> socket.socket | None:
         sock.close()
         if isinstance(error, PermissionError):
             raise PermissionError(error.errno, "may not speak to this dataplane", str(path)) from None
+        if isinstance(error, OSError) and error.errno is None:
+            return None     # a path longer than an address has room for: nobody can listen there
         raise
 
 

@@ -51,13 +51,26 @@ def _wake(mem, w, state):
         write(mem, ld64(mem, event), w + L.W_SCRATCH + 240, 8)
 
 
+@inlined
+def _book(mem, w, row):
+    """Lets the burst's deliveries enter the ledger."""
+    st64(mem, row + L.L_DELIVERED, ld64(mem, row + L.L_DELIVERED) + ld64(mem, w + L.W_DELIVERED))
+    st64(mem, row + L.L_DELIVERIES, ld64(mem, row + L.L_DELIVERIES) + ld64(mem, w + L.W_DELIVERIES))
+    st64(mem, w + L.W_DELIVERED, 0)
+    st64(mem, w + L.W_DELIVERIES, 0)
+
+
 @shared
-def publish_lanes(mem, w):
-    """Hands everything that was staged to its consumers, and wakes those that sleep."""
+def publish_lanes(mem, w, row):
+    """Hands everything that was staged to its consumers, books it in the ledger's `row` (0: in none), and
+    wakes those that sleep. In this order: waking takes by far the longest, and what a worker that dies
+    there had published shall not count as lost."""
     count = ld64(mem, w + L.W_DIRTY_COUNT)
     dirty = ld64(mem, w + L.W_DIRTY)
     for i in range(count):
         lane_publish(mem, ld64(mem, dirty + 16 * i))
+    if row != 0:
+        _book(mem, w, row)
     # SYNC wake-state: one full barrier for the whole burst, between the heads just published
     # and the wake words about to be read; pairs with the exchange in wake_arm. Without it a
     # consumer could arm and find its ring empty while we still see it awake: a lost wakeup.
@@ -149,12 +162,6 @@ def count_reason(mem, nif, code, frames):
 
 @inlined
 def publish(mem, w, nif):
-    """End of a burst of `nif`: publish, then let the deliveries enter the ledger."""
+    """End of a burst of `nif`: what was staged is published, and enters the ledger."""
     if ld64(mem, w + L.W_DIRTY_COUNT) != 0:
-        publish_lanes(mem, w)
-    row = nif + L.N_LEDGER
-    if ld64(mem, w + L.W_DELIVERIES) != 0:
-        st64(mem, row + L.L_DELIVERED, ld64(mem, row + L.L_DELIVERED) + ld64(mem, w + L.W_DELIVERED))
-        st64(mem, row + L.L_DELIVERIES, ld64(mem, row + L.L_DELIVERIES) + ld64(mem, w + L.W_DELIVERIES))
-        st64(mem, w + L.W_DELIVERED, 0)
-        st64(mem, w + L.W_DELIVERIES, 0)
+        publish_lanes(mem, w, nif + L.N_LEDGER)

@@ -216,7 +216,7 @@ def finish(mem, w):
     """The last thing that a worker does: what is staged is published, what is still in reassembly
     is counted as unfinished."""
     if ld64(mem, w + L.W_DIRTY_COUNT) != 0:
-        publish_lanes(mem, w)
+        publish_lanes(mem, w, 0)
     fragment_flush(mem, w)
     tx_flush(mem, w)
     return 0

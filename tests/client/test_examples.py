@@ -76,6 +76,13 @@ def test_udp_echo(quickstart: Running) -> None:
     assert "listening at * port 5099" in output and "echoed 0 datagrams" in output
 
 
-@pytest.mark.parametrize("name", ["dns_counter", "async_receiver", "tap_to_pcap", "udp_echo"])
+NAMES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+
+
+def test_every_example_is_tried() -> None:
+    assert NAMES and all(f"test_{name}" in globals() for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_help(name: str) -> None:
     assert "--seconds" in example(name, "--help")

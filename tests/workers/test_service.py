@@ -219,6 +219,23 @@ def test_a_stranger_gets_what_the_rules_say(dp: Running) -> None:
 
 
 @pytest.mark.root
+def test_a_strangers_reuseport_group_is_his(dp: Running, consumer: Connection) -> None:
+    """A port is shared with sockets of the same user only."""
+    bind(consumer, kind="udp", port=5002, reuseport=True)
+
+    def act() -> None:
+        connection, _ = dp.attach()
+        with connection:
+            for _ in range(3):
+                bind(connection, kind="udp", port=5000, reuseport=True)
+                bind(connection, kind="raw", proto=1, reuseport=True)
+            with pytest.raises(OSError, match="in use"):
+                bind(connection, kind="udp", port=5002, reuseport=True)
+
+    as_stranger(STRANGER, STRANGER, act)
+
+
+@pytest.mark.root
 def test_a_group_and_nobody(dp: Running) -> None:
     def member() -> None:
         connection, _ = dp.attach()
