@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,12 @@ MARK = "DATAPLANE_TEST_SESSION"
 settings.register_profile("default", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile("default")
+
+
+def pytest_sessionstart() -> None:
+    # A script that starts us in the background leaves SIGINT ignored, here and in all that we start; some
+    # tests are about Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

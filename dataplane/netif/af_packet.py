@@ -111,7 +111,7 @@ class Settings(NetifSettings, tag=KIND, frozen=True, kw_only=True):
             "a block is handed over after `block_timeout_ms` however little is in it, so many times that.",
             extra={"unit": "blocks"},
         ),
-    ] = 256
+    ] = 512
     block_timeout_ms: Annotated[
         int,
         Meta(

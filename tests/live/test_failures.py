@@ -239,7 +239,7 @@ def test_the_supervisor_is_killed() -> None:
     """Its workers leave, its consumers are told; what it left is gone with the next start under its name."""
     with running(config(workers=len(CORES)), check=False) as first:
         with dataplane.attach(first.name) as dp, dataplane.attach(first.name, spin_us=0) as asleep:
-            sock, quiet = dp.udp("0.0.0.0", PORT), asleep.udp("0.0.0.0", 9)
+            sock, quiet = dp.udp("0.0.0.0", PORT), asleep.udp("0.0.0.0", 6009)
             assert sock.recv(WATCHDOG)
             workers = workers_of(dp)
             reading, writing = os.pipe()
@@ -273,7 +273,7 @@ def alive(process: psutil.Process) -> bool:
 
 def stopped_in(name: str, ready: int) -> None:
     """A consumer that waits in `consume` until there is nothing to wait for."""
-    with dataplane.attach(name) as dp, dp.udp("0.0.0.0", 10) as sock:
+    with dataplane.attach(name) as dp, dp.udp("0.0.0.0", 6010) as sock:
         os.write(ready, b"x")
         with pytest.raises(dataplane.Stopped):
             sock.consume(count, np.zeros(1, np.int64))
