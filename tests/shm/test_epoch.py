@@ -138,6 +138,6 @@ def test_nothing_is_used_after_it_was_reclaimed(table: tuple[Any, int, list[int]
         reclaim(mem, at, 1, 20_000)
         # Until the worker has really run at the same time.
         while words[(one - at + L.W_STEPS) // 8] < 1000 and worker.status is None:
-            reclaim(mem, at, 2 + int(words[POINTER // 8] != at + OBJECTS), 1000)
+            reclaim(mem, at, 2 + int(words[POINTER // 8] == at + OBJECTS), 1000)    # into the other place first
         words[STOP // 8] = 1
         assert worker.join() == 0

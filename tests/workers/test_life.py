@@ -275,7 +275,7 @@ def test_too_little_shared_memory() -> None:
     script = "mount -t tmpfs -o size=256k tmpfs /dev/shm && exec \"$@\""
     with Running(prefix=("unshare", "-m", "sh", "-c", script, "sh")) as dp:
         assert not dp.ready and dp.wait() == 2
-        assert "not enough shared memory" in dp.errors and "262144 bytes are available" in dp.errors
+        assert "sockets.max: 256: needs" in dp.errors and "262144 bytes are available" in dp.errors
         assert dp.remains() == []
 
 
