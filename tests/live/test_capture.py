@@ -142,6 +142,12 @@ def port_pair(packet: bytes) -> tuple[int, int]:
     return struct.unpack_from("!HH", packet, at)
 
 
+def taken(dp: dataplane.Dataplane, count: int) -> bool:
+    """Whether the consumers have `count` packets: only then is nothing unread when the dataplane stops."""
+    stats = dp.stats()
+    return stats["deliveries"] >= count and stats["unread"] == 0
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_four_consumers_share_a_thousand_flows(between: tuple[Namespace, Namespace, Namespace, str],
                                                workers: int) -> None:
@@ -162,7 +168,7 @@ def test_four_consumers_share_a_thousand_flows(between: tuple[Namespace, Namespa
             received += os.read(reading, 5)
         one.call(converse, timeout=100)
         with dataplane.attach(process.name) as dp:
-            wait_for(lambda: dp.stats()["deliveries"] >= 2 * total, "the last packet")
+            wait_for(lambda: taken(dp, 2 * total), "the last packet to be taken")
         ledger = process.stop()
         seen = [consumer.result(WATCHDOG) for consumer in consumers]
     os.close(reading)
