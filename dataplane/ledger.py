@@ -55,14 +55,19 @@ REASONS = (
     # transport
     "bad_udp_length",
     "bad_udp_checksum",
+    "bad_tcp_header",
+    "bad_tcp_checksum",
     "bad_icmp",             # too short or wrong checksum
     "icmp_echo",            # echo request, answered by the stack
     "icmp",                 # other ICMP, taken by the stack
     "neighbour",            # neighbour discovery, taken by the stack
     "bad_neighbour",
     "multicast_control",    # IGMP and MLD, taken by the stack
+    "tcp_handshake",        # taken by a listener: SYNs, and what else opens no connection before its time
+    "tcp_time_wait",        # for a connection that is over, answered by the stack
     # delivery
-    "no_socket",
+    "no_socket",            # (TCP: answered by a reset)
+    "tcp_backlog",          # the listener's queue of connections to be accepted, or its memory, was full
     "pcq_full",             # every socket that wanted it had a full ring
     "ring_too_small",       # the packet can never fit in the socket's ring
     # outside the stack
@@ -75,8 +80,9 @@ CODE = {name: code for code, name in enumerate(REASONS)}
 (NONE, TRUNCATED, NOT_IP, OTHER_HOST, ARP, BAD_ARP, VLAN_DEPTH, BAD_IP_VERSION, BAD_IP_HEADER,
  BAD_IP_CHECKSUM, BAD_IP_OPTIONS, BAD_EXTENSION_HEADER, NOT_LOCAL, MARTIAN, FRAGMENT_INVALID,
  FRAGMENT_OVERLAP, FRAGMENT_DUPLICATE, FRAGMENT_TIMEOUT, FRAGMENT_EVICTED, FRAGMENT_UNFINISHED,
- BAD_UDP_LENGTH, BAD_UDP_CHECKSUM, BAD_ICMP, ICMP_ECHO, ICMP, NEIGHBOUR, BAD_NEIGHBOUR,
- MULTICAST_CONTROL, NO_SOCKET, PCQ_FULL, RING_TOO_SMALL, KERNEL_DROPPED, CRASH_LOST) = range(len(REASONS))
+ BAD_UDP_LENGTH, BAD_UDP_CHECKSUM, BAD_TCP_HEADER, BAD_TCP_CHECKSUM, BAD_ICMP, ICMP_ECHO, ICMP, NEIGHBOUR,
+ BAD_NEIGHBOUR, MULTICAST_CONTROL, TCP_HANDSHAKE, TCP_TIME_WAIT, NO_SOCKET, TCP_BACKLOG, PCQ_FULL, RING_TOO_SMALL,
+ KERNEL_DROPPED, CRASH_LOST) = range(len(REASONS))
 
 # -- reading -----------------------------------------------------------------------------------
 
@@ -150,7 +156,8 @@ def _socket_total(mem, table, what):
     for index in range(ld64(mem, table + L.T_WORKERS) * ld64(mem, table + L.T_SOCKETS)):
         state = states + index * L.LS_BYTES
         lane = ld64(mem, state + L.LS_BASE)
-        if lane == 0:
+        # A lane that never had a packet is not looked at: it may be in a page that has no memory yet.
+        if lane == 0 or ld64(mem, state + L.LS_COUNT) | ld64(mem, state + L.LS_DROPPED) == 0:
             continue
         if what == _DROPPED:
             total += ld64(mem, state + L.LS_DROPPED)

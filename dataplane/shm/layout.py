@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 
+from dataplane.shm import layout_tcp
+
 CACHE_LINE = 64
 LAYOUT_VERSION = 1
 MAGIC = int.from_bytes(b"dataplan", "little")
@@ -22,9 +24,9 @@ SEG_MAGIC = 0
 SEG_VERSION = 8
 SEG_FINGERPRINT = 16    # hash of this file's numbers, `fingerprint()`
 SEG_BYTES = 24          # size of the segment
-SEG_KIND = 32           # SEG_TABLE | SEG_HOME | SEG_RINGS
+SEG_KIND = 32           # SEG_TABLE | SEG_HOME | SEG_RINGS | SEG_CONNECTIONS
 SEG_HEADER = 64
-SEG_TABLE, SEG_HOME, SEG_RINGS = 1, 2, 3
+SEG_TABLE, SEG_HOME, SEG_RINGS, SEG_CONNECTIONS = 1, 2, 3, 4
 
 # -- lane: one SPSC packet ring ------------------------------------------------------------
 #
@@ -59,7 +61,7 @@ LS_PUBLISHED = 8        # what LANE_HEAD is, or is about to become
 LS_TAIL = 16            # LANE_TAIL as last seen
 LS_BASE = 24            # the lane's place in the arena; 0: this PCB has no lane
 LS_MASK = 32            # ring bytes - 1
-LS_WAKE = 40            # the wake object's place in the arena. Written by the supervisor
+LS_WAKE = 40            # the wake object's place in the arena; 0: a TCP connection's. Written by the supervisor
 LS_COUNT = 48           # packets published
 LS_DROPPED = 56         # packets dropped because the ring was full
 LS_BYTES = 64
@@ -96,7 +98,8 @@ HOME_POLLERS = 4096     # wake objects for pollers, WAKE_BYTES each
 HOME_MAX_POLLERS = 64
 HOME_TX = 8192          # transmit lane: LANE_DATA + tx ring bytes
 
-# A transmit record's body (behind the record header, whose aux is 0): 32 bytes, payload.
+# A transmit record's body (behind the record header, whose aux is 0): 32 bytes, payload. That of a TCP
+# connection: a segment to be sent, layout_tcp.O_BYTES; its data stay in the send ring.
 TX_PCB = 0              # u32, number of the PCB
 TX_GENERATION = 4       # u32, the PCB's generation: a closed socket's number may be used again
 TX_FAMILY = 8           # u16, 4 or 6
@@ -131,10 +134,20 @@ T_TAPS = 328            # first tap's PCB + 1, chained through PCB_NEXT
 T_RAWS = 336            # first raw socket's PCB + 1
 T_ANY = 344             # class bits of the any-port sockets: [UDP, TCP], u8 each
 T_ANY_CHAIN = 352       # first any-port UDP PCB + 1
+T_TIME_WAIT_AT = 360    # PCBs from this number on are the continuation worker's: connections in TIME_WAIT
+T_SLOT_HEADS = 368      # [worker][PCB] first free slot's PCB + 1 of each listener; written by that worker
+T_SLOT_QUEUES = 376     # [worker] pcq of free slots given to that worker, T_SLOT_QUEUE_BYTES apart
+T_SLOT_QUEUE_BYTES = 384
 T_STOP = 392            # 1: workers finish their burst and leave
+T_KCONT = 400           # pcq of continuations: PCB numbers
+T_KCONT_WAKE = 448      # own line: wake object of the continuation worker
+T_TIME_WAIT_NS = 512    # how long TIME_WAIT lasts
+T_KCONT_UNTIL = 520     # until when the continuation worker sleeps, if it does; its own word
+T_KCONT_SWEEP = 528     # 1: the pcq was full, or a worker died: the continuation worker looks at every PCB_DUE
+T_KCONT_ROPE = 536      # descriptor of the ringing end of its doorbell, in all workers
 T_HEADER = 4096
 
-# -- PCB: 128 bytes. The first line is what a lookup compares -----------------------------------
+# -- PCB: 192 bytes. The first line is what a lookup compares -----------------------------------
 PCB_STATE = 0           # PCB_FREE ... ; released last on insert, first word cleared on close
 PCB_LOCAL_HI = 8
 PCB_LOCAL_LO = 16       # an IPv4 address is in _LO, _HI is 0
@@ -148,11 +161,26 @@ PCB_GENERATION = 72
 PCB_UID = 80
 PCB_PID = 88
 PCB_SEGMENT = 96        # ring segment number, and where in it the slot is:
-PCB_SLOT = 104
+PCB_SLOT_AT = 104       # (PCB_SLOT is a state)
 PCB_RING = 112          # ring bytes of each lane
 PCB_PREVIOUS = 120      # the PCB + 1 before this one in the chain of PCB_NEXT
-PCB_BYTES = 128
-PCB_FREE, PCB_OPEN, PCB_CLOSING = 0, 1, 2
+PCB_KIND = 128          # PK_...
+PCB_PLACE = 136         # connection: place of its slot
+PCB_BUFFERS = 144       # connection: log2 of the send ring's bytes:8 | of the receive ring's:8
+PCB_DUE = 152           # connection: when the continuation worker will run it, CLOCK_MONOTONIC ns; 0: not pending
+PCB_LISTENER = 160      # connection: the listener's PCB + 1; 0: opened by connect
+PCB_WORKER = 168        # connection: RX worker in whose list the slot is when it is free
+PCB_BACKLOG = 176       # listener: connections that may wait to be accepted
+PCB_WANT = 184          # listener: 1: a worker is short of slots; 2: and the supervisor knows
+PCB_DEPTH = 184         # slot: free ones in its worker's list from it on
+PCB_RETURN = 176        # connection: 1: its slot is on its way into a slot queue; the continuation worker's
+PCB_BYTES = 192
+PCB_TW_NUMBERS = 136    # TIME_WAIT: RCV_NXT:32 | SND_NXT:32, wire
+PCB_TW_STAMPS = 144     # TIME_WAIT: TS_RECENT:32 | what is added to the clock in TSval:32
+PCB_TW_FLAGS = 152      # TIME_WAIT: TF_...:16 | scaled window:16
+PCB_TW_UNTIL = 160      # TIME_WAIT: CLOCK_MONOTONIC ns
+PCB_FREE, PCB_OPEN, PCB_CLOSING, PCB_SLOT = 0, 1, 2, 3      # PCB_SLOT: a connection's slot without one
+PK_PLAIN, PK_LISTEN, PK_CONNECTION, PK_TIME_WAIT = 0, 1, 2, 3
 KEY_FAMILY4, KEY_FAMILY6 = 1, 2         # families
 KEY_REUSEPORT = 1                       # flags
 
@@ -207,9 +235,20 @@ W_DELIVERIES = 232      # ledger's row after the publish
 W_TX_REFUSED = 248      # transmit records that could not be sent (hostile, no route, too large)
 W_SCRATCH = 256         # 256 bytes for timespecs, pollfds and headers
 W_BLOCKED = 512         # the last round left frames of a backpressured netif for later
+W_TCP_COUNT = 520       # connections that got segments in this burst
+W_TCP_DIRTY = 528       # their PCB numbers, int64 [BURST]
+W_TCP_EXCHANGE = 536    # exchange block (layout_tcp.X_...)
+W_SYN_CACHE = 544
+W_RST_TOKENS = 552      # as W_ICMP_...: resets
+W_RST_TIME = 560
+W_WANT = 568            # 1: a listener is short of slots: the worker's Python tells the supervisor
 W_EPOCH = 576           # own line: epoch last passed; EPOCH_IDLE while it sleeps
 W_MAILBOX = 704         # own line: set by the supervisor: a message waits on the control socket
 W_NIF = 1024            # int64 [NIF_MAX]: its queues
+W_RST_RATE = 712
+W_KCONT = 768           # continuation worker: its private area (kcont/area.py)
+W_SEGMENT = 1536        # W_SEGMENT_BYTES: the TCP segment that is being sent, and where it goes (inet/tcp_transmit.py)
+W_SEGMENT_BYTES = 512
 W_BYTES = 4096
 NIF_MAX = 64
 BURST = 64              # frames of one burst
@@ -244,6 +283,7 @@ P_TARGET_LO = 152
 P_FRAMES = 160          # frames of the ledger that this packet stands for (fragments: several)
 P_VERDICT = 168         # what became of it: a PCB, or a negative reason
 P_CLASS = 176           # first lookup class worth trying
+P_SEGMENT = 112         # transmit, with NF_TX_SEGMENT: bytes of data in each packet on the wire; 0: as it is
 P_NIF = 184
 P_BYTES = 192
 
@@ -296,6 +336,8 @@ N_BYTES = 4096
 
 NF_PASSIVE = 1          # no addresses: take every packet, transmit nothing
 NF_BACKPRESSURE = 2     # wait for full rings instead of dropping
+NF_TX_CHECKSUM = 4      # tx takes PF_CHECKSUM_PARTIAL: at P_L4, with the pseudo header's sum in the checksum field
+NF_TX_SEGMENT = 8       # tx cuts TCP packets of up to 64 KB into P_SEGMENT bytes of data each (0: none to cut)
 NS_RUNNING, NS_ENDED, NS_FAILED = 0, 1, 2
 NIF_ENDED = -4096       # rx: no frame will ever come again (lower than any -errno)
 NIF_FAILED = -4097      # rx: ended because of N_ERROR at N_ERROR_AT
@@ -321,16 +363,16 @@ NB_BYTES = 64
 
 
 def fingerprint() -> int:
-    """Hash of every number in this file: two processes that agree on it agree on the layout."""
-    numbers = sorted((name, value) for name, value in globals().items()
+    """Hash of every number in this file and in layout_tcp: two processes that agree on it agree on the layout."""
+    numbers = sorted((name, value) for names in (globals(), vars(layout_tcp)) for name, value in names.items()
                      if name.isupper() and isinstance(value, int))
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "little")
 
 
 assert LANE_DATA % 128 == 0 and RECORD_DATA == RECORD_ALIGN
-assert LS_DROPPED + 8 == LS_BYTES and PCB_PREVIOUS + 8 <= PCB_BYTES
+assert LS_DROPPED + 8 == LS_BYTES and PCB_WANT + 8 <= PCB_BYTES
 assert BUCKET_PCBS + 8 * 4 == BUCKET_BYTES == CACHE_LINE
-assert W_SCRATCH + 256 <= W_EPOCH - 64 and W_NIF + 8 * NIF_MAX <= W_BYTES
+assert W_SCRATCH + 256 <= W_EPOCH - 64 and W_NIF + 8 * NIF_MAX <= W_SEGMENT and W_SEGMENT + W_SEGMENT_BYTES <= W_BYTES
 assert N_ADDRESSES + ADDRESS_MAX * ADDRESS_BYTES <= N_LEDGER
 assert N_LEDGER + L_REASONS + 8 * L_REASON_MAX <= N_PRIVATE
 assert WAKE_EVENT + 8 <= WAKE_BYTES <= SLOT_LANES

@@ -10,6 +10,10 @@ nobody can shrink or grow; it also lives outside `/dev/shm`, which is 64 MB in m
 
 All space is allocated before anybody maps the segment: a `/dev/shm` that is too small is an error
 now, never a SIGBUS later. The header is written last.
+
+A sealed segment may be *sparse* instead: its pages get memory when they are first written. That is for slots of TCP
+connections, of which there are as many as may come at once, each with buffers for the fastest peer. No limit of
+/dev/shm applies to it; what is asked for is compared with the system's available memory, once.
 """
 
 from __future__ import annotations
@@ -95,11 +99,19 @@ class Segment:
         return cls(fd, size, kind, name)
 
     @classmethod
-    def create_sealed(cls, size: int, kind: int) -> Segment:
-        """A new anonymous object whose size is final: what a consumer of another uid gets."""
+    def create_sealed(cls, size: int, kind: int, sparse: bool = False) -> Segment:
+        """A new anonymous object whose size is final: what a consumer of another uid gets. `sparse`: without
+        its memory; OSError(ENOMEM) if that is more than the system has available."""
+        available = psutil.virtual_memory().available
+        if sparse and size > available:
+            raise OSError(errno.ENOMEM, f"{size} bytes are more than the {available} bytes of memory that are "
+                                        "available (MemAvailable in /proc/meminfo)")
         fd = os.memfd_create("dataplane", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            _allocate(fd, "(anonymous)", size, psutil.virtual_memory().available)
+            if sparse:
+                os.ftruncate(fd, size)
+            else:
+                _allocate(fd, "(anonymous)", size, available)
             _write_header(fd, size, kind)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         except BaseException:

@@ -128,6 +128,22 @@ def test_too_large_a_segment_is_refused_before_it_fills_the_memory(name: str) ->
         Segment.create_sealed(1 << 60, L.SEG_TABLE)
 
 
+def test_a_sparse_segment_has_no_memory_but_its_header() -> None:
+    size = 1 << 28
+    made = Segment.create_sealed(size, L.SEG_CONNECTIONS, sparse=True)
+    found = os.fstat(made.fd)
+    assert (made.size, found.st_size, found.st_blocks * 512) == (size, size, 4096)
+    with pytest.raises(PermissionError):
+        os.ftruncate(made.fd, 2 * size)
+    made.close()
+
+
+def test_a_sparse_segment_is_not_larger_than_the_memory() -> None:
+    with pytest.raises(OSError, match=f"{1 << 60} bytes are more than the \\d+ bytes of memory") as caught:
+        Segment.create_sealed(1 << 60, L.SEG_CONNECTIONS, sparse=True)
+    assert caught.value.errno == errno.ENOMEM
+
+
 def test_memory_that_runs_out_on_the_way_is_the_same_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody else took what statvfs had promised."""
     def allocate(fd: int, offset: int, size: int) -> None:
