@@ -46,6 +46,7 @@ RX_RING = 5             # struct tpacket_req3
 STATISTICS = 6          # struct tpacket_stats_v3; reading sets it to zero
 VERSION = 10
 RESERVE = 12
+VNET_HDR = 15
 FANOUT = 18
 QDISC_BYPASS = 20
 IGNORE_OUTGOING = 23

@@ -1,7 +1,8 @@
 """What `tun` and `tap` share: the character device, its queues and their kernels.
 
 The device is made by us and lives as long as our descriptors. One descriptor is one queue; a read or a
-write is one frame behind a virtio-net header, which says what was left of the checksum.
+write is one frame behind a virtio-net header, which says whether the checksum was left to the other side, and
+whether it is a TCP super-segment of up to 64 KB that was never cut (both ways: TSO).
 
 A burst is read into the queue's buffer, frame behind frame, so that small ones stay in the cache:
 
@@ -31,6 +32,7 @@ from dataplane.config import Address, Context, Device, Interface, NetifSettings,
 from dataplane.errors import DataplaneError
 from dataplane.jit import callback, inlined
 from dataplane.netif import _address, _steering
+from dataplane.netif import _virtio as V
 from dataplane.shm import layout as L
 from dataplane.shm.arena import Arena
 from dataplane.shm.atomics import as_memory, be16, be32, ld8, ld64, load_acquire, st64, store_release
@@ -42,7 +44,7 @@ READY = 72              # frames in the buffer that are not done << READY_BITS |
 BUFFER = 80             # place of the buffer in the arena
 CLOCK = 96              # scratch: struct timespec
 IOV = 112               # two struct iovec: the virtio-net header, the frame
-HEADER = 144            # the virtio-net header of what we send: all zeros
+HEADER = 144            # the virtio-net header of what we send
 
 READY_BITS = 56         # the arena has 2^44 bytes
 READY_MASK = (1 << READY_BITS) - 1
@@ -54,16 +56,14 @@ SLOT_TIME = 16
 SLOT_HEADER = 32
 SLOT_FRAME = 44
 
-# -- linux/virtio_net.h ------------------------------------------------------------------------------------
-VNET_BYTES = 12
-VNET_NEEDS_CSUM, VNET_DATA_VALID = 1, 2
-
-READ_BYTES = VNET_BYTES + 14 + 8 + 65535    # an Ethernet header, two VLAN tags and the largest IP packet
+READ_BYTES = V.BYTES + 14 + 8 + 65535    # an Ethernet header, two VLAN tags and the largest IP packet
 SLOT_BYTES = (SLOT_HEADER + READ_BYTES + 63) // 64 * 64
+REFILL_BYTES = 1 << 18      # more is not read at once: super-segments are still in the cache when they are copied
+BUFFER_BYTES = REFILL_BYTES + SLOT_BYTES
 
 # -- linux/if_tun.h ----------------------------------------------------------------------------------------
 IFF_TUN, IFF_TAP, IFF_MULTI_QUEUE, IFF_NO_PI, IFF_VNET_HDR, IFF_TUN_EXCL = 1, 2, 0x100, 0x1000, 0x4000, 0x8000
-TUN_F_CSUM = 1
+TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN = 1, 2, 4, 8
 _TUNSETIFF, _TUNGETIFF, _TUNSETOFFLOAD, _TUNSETVNETHDRSZ = 0x400454CA, 0x800454D2, 0x400454D0, 0x400454D8
 _IFA_F_NODAD = 2
 _IFF_RUNNING = 0x40
@@ -134,9 +134,9 @@ def _flags(mem, nif, at):
     """Flags of the frame in the slot at `at`: of its checksum and, on a TAP, of its link-layer destination."""
     flags = 0
     offered = ld8(mem, at + SLOT_HEADER)
-    if offered & VNET_NEEDS_CSUM:
+    if offered & V.NEEDS_CSUM:
         flags |= L.PF_CHECKSUM_PARTIAL
-    if offered & VNET_DATA_VALID:
+    if offered & V.DATA_VALID:
         flags |= L.PF_CHECKSUM_OK
     if ld64(mem, nif + L.N_LINK) == L.LINK_ETHERNET:
         frame, mac = at + SLOT_FRAME, nif + L.N_MAC
@@ -154,13 +154,13 @@ def _refill(mem, nif, limit):
     fd = ld64(mem, nif + L.N_FD)
     first = ld64(mem, own + BUFFER)
     at, count, now, size = first, 0, 0, 0
-    while count < limit:
+    while count < limit and at < first + REFILL_BYTES:
         size = read(mem, fd, at + SLOT_HEADER, READ_BYTES)
-        if size <= VNET_BYTES:
+        if size <= V.BYTES:
             break
         if count == 0:
             now = clock_ns(mem, own + CLOCK, CLOCK_REALTIME)
-        size -= VNET_BYTES
+        size -= V.BYTES
         st64(mem, at + SLOT_SIZE, size)
         st64(mem, at + SLOT_FLAGS, _flags(mem, nif, at))
         st64(mem, at + SLOT_TIME, now)
@@ -221,7 +221,7 @@ def done(base, nif, count):
 
 @callback(3)
 def tx(base, nif, burst, count):
-    """Writes each frame behind a header of zeros; what the kernel does not take is dropped."""
+    """Writes each frame behind its header; what the kernel does not take is dropped."""
     mem = as_memory(base)
     own = nif + L.N_PRIVATE
     fd = ld64(mem, nif + L.N_FD)
@@ -230,6 +230,7 @@ def tx(base, nif, burst, count):
     for i in range(count):
         p = burst + i * L.P_BYTES
         size = ld64(mem, p + L.P_LENGTH)
+        V.put_header(mem, own + HEADER, p)
         st64(mem, own + IOV + 16, address + ld64(mem, p + L.P_FRAME))
         st64(mem, own + IOV + 24, size)
         if writev(mem, fd, own + IOV, 2) > 0:
@@ -266,7 +267,7 @@ class Tuntap:
                 raise self._fail(problem)
             for queue, nif in enumerate(nifs):
                 self._fds.append(self._open_queue(first=queue == 0))
-                self._buffers.append(arena.map_anonymous(L.BURST * SLOT_BYTES, shared=True))
+                self._buffers.append(arena.map_anonymous(BUFFER_BYTES, shared=True))
                 self._fill(queue, nif)
             if queues > 1:
                 _steering.attach(self._fds[0])
@@ -299,7 +300,7 @@ class Tuntap:
         for fd in self._fds:
             os.close(fd)
         for buffer in self._buffers:
-            self._arena.unmap(buffer, L.BURST * SLOT_BYTES)
+            self._arena.unmap(buffer, BUFFER_BYTES)
         if self._counters >= 0:
             os.close(self._counters)
         self._fds, self._buffers, self._counters = [], [], -1
@@ -315,8 +316,8 @@ class Tuntap:
             fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
             made = fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", self.name.encode(), flags))
             self.name = made[:16].rstrip(b"\0").decode()     # the kernel puts a number for %d
-            fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", VNET_BYTES))
-            fcntl.ioctl(fd, _TUNSETOFFLOAD, TUN_F_CSUM)
+            fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", V.BYTES))
+            fcntl.ioctl(fd, _TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN)
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
@@ -333,10 +334,12 @@ class Tuntap:
         if self._kind == "tap":
             nif.view(np.uint8)[L.N_MAC:L.N_MAC + 6] = np.frombuffer(own_mac(self.name), np.uint8)
         _address.fill(nif, self._settings)
+        if not self.passive:
+            nif[L.N_FLAGS // 8] |= L.NF_TX_CHECKSUM | L.NF_TX_SEGMENT
         private = nif[L.N_PRIVATE // 8:]
         private[BUFFER // 8] = private[READY // 8] = self._buffers[queue]
         private[IOV // 8] = self._arena.mem.ctypes.data + offset + L.N_PRIVATE + HEADER
-        private[IOV // 8 + 1] = VNET_BYTES
+        private[IOV // 8 + 1] = V.BYTES
 
     def _set_up(self) -> None:
         """The kernel's side: size, addresses, up, and a route to those of our addresses that are in none of

@@ -7,6 +7,10 @@ is passive: it sees what the interface sees, and sends nothing.
 Frames are read where the kernel wrote them. The whole state is one word, the cursor: number of the block,
 counted by the kernel from 1, and place of the first packet in it that is not finished (0: block not yet
 opened). So a worker that takes over from a dead one goes on exactly where `done` was last called.
+
+What leaves a checksum or the cutting of a TCP super-segment to the interface is sent through a second socket,
+with a virtio-net header. That one goes through the queueing discipline: there the kernel does in software what
+the interface cannot do, or can no more. Without it (PACKET_QDISC_BYPASS) it would drop such a frame.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import mmap
 import os
 import socket
 import struct
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from msgspec import Meta
@@ -28,6 +32,7 @@ from dataplane.errors import DataplaneError
 from dataplane.jit import callback, inlined
 from dataplane.netif import _address
 from dataplane.netif import _tpacket as T
+from dataplane.netif import _virtio as V
 from dataplane.shm import layout as L
 from dataplane.shm.arena import Arena
 from dataplane.shm.atomics import (
@@ -47,7 +52,7 @@ from dataplane.shm.atomics import (
     store_release,
     store_release32,
 )
-from dataplane.shm.libc import send
+from dataplane.shm.libc import send, writev
 
 KIND = "af_packet"
 
@@ -59,6 +64,9 @@ END = 80                # what the cursor will be once all that rx gave are done
 RING = 88               # place of the ring in the arena
 BLOCKS = 96
 BLOCK_BYTES = 104
+TX_FD = 112             # the second socket; -1: none
+IOV = 128               # two struct iovec: the virtio-net header, the frame
+HEADER = 160            # the virtio-net header of what we send
 
 OFFSET_BITS = 26        # of the cursor: blocks of up to 64 MiB
 OFFSET_MASK = (1 << OFFSET_BITS) - 1
@@ -66,7 +74,7 @@ OFFSET_MASK = (1 << OFFSET_BITS) - 1
 _DONTWAIT = 0x40
 _SIOCGIFMTU, _SIOCGIFHWADDR = 0x8921, 0x8927
 _ARPHRD_ETHER, _ARPHRD_LOOPBACK = 1, 772
-_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER, _SO_SNDBUFFORCE = 26, 27, 32
 _BPF_RET = 0x06
 _RESERVE = 16           # headroom of each frame, for its VLAN tag; 16 keeps the IP header aligned
 _SEND_BUFFER = 1 << 22
@@ -298,6 +306,16 @@ def done(base, nif, count):
     return 0
 
 
+@inlined
+def _send_offloaded(mem, own, p):
+    """Sends the frame behind its virtio-net header: bytes, the header's as well, or -errno."""
+    base = ld64(mem, own + IOV) - (own + HEADER)        # of the arena: the first iovec points to HEADER
+    V.put_header(mem, own + HEADER, p)
+    st64(mem, own + IOV + 16, base + ld64(mem, p + L.P_FRAME))
+    st64(mem, own + IOV + 24, ld64(mem, p + L.P_LENGTH))
+    return writev(mem, ld64(mem, own + TX_FD), own + IOV, 2)
+
+
 @callback(3)
 def tx(base, nif, burst, count):
     """Sends each frame; what the interface has no room for is dropped."""
@@ -307,7 +325,11 @@ def tx(base, nif, burst, count):
     for i in range(count):
         p = burst + i * L.P_BYTES
         size = ld64(mem, p + L.P_LENGTH)
-        if send(mem, fd, ld64(mem, p + L.P_FRAME), size, _DONTWAIT) == size:
+        if ld64(mem, p + L.P_FLAGS) & L.PF_CHECKSUM_PARTIAL:
+            sent = _send_offloaded(mem, nif + L.N_PRIVATE, p)
+        else:
+            sent = send(mem, fd, ld64(mem, p + L.P_FRAME), size, _DONTWAIT)
+        if sent > 0:
             packets += 1
             octets += size
     st64(mem, nif + L.N_TX_PACKETS, ld64(mem, nif + L.N_TX_PACKETS) + packets)
@@ -344,7 +366,9 @@ class Netif:
         self.passive = not settings.addresses
         self._settings = settings
         self._arena = arena
+        self._nifs = nifs
         self._sockets: list[socket.socket] = []
+        self._senders: list[socket.socket] = []
         self._rings: list[int] = []
         self._words = [_address.words(arena.mem, nif) for nif in nifs]
         try:
@@ -379,9 +403,9 @@ class Netif:
         """Closes sockets and unmaps rings. The workers must have ended."""
         for ring in self._rings:
             self._arena.unmap(ring, self._ring_bytes)
-        for sock in self._sockets:
+        for sock in self._sockets + self._senders:
             sock.close()
-        self._rings, self._sockets = [], []
+        self._rings, self._sockets, self._senders = [], [], []
 
     @property
     def _ring_bytes(self) -> int:
@@ -430,7 +454,7 @@ class Netif:
             # Our own transmissions are no packets for us; on lo each packet would come twice.
             sock.setsockopt(T.SOL_PACKET, T.IGNORE_OUTGOING, 1)
         if not self.passive:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+            _set_send_buffer(sock)
             with contextlib.suppress(OSError):      # a device may not allow it; then through the qdisc
                 sock.setsockopt(T.SOL_PACKET, T.QDISC_BYPASS, 1)
 
@@ -448,6 +472,26 @@ class Netif:
         private[RING // 8] = self._rings[queue]
         private[BLOCKS // 8] = self._settings.blocks
         private[BLOCK_BYTES // 8] = self._settings.block_bytes
+        if not self.passive:
+            self._open_sender(nif, self._nifs[queue] + L.N_PRIVATE)
+
+    def _open_sender(self, nif: Any, own: int) -> None:
+        """The second socket, unless the kernel is too old for it: then checksums and cutting are ours."""
+        # Protocol 0: nothing is ever received.
+        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+        self._senders.append(sock)
+        sock.setblocking(False)
+        _set_send_buffer(sock)
+        try:
+            sock.setsockopt(T.SOL_PACKET, T.VNET_HDR, 1)
+        except OSError:
+            return
+        sock.bind((self.name, 0))
+        private = nif[L.N_PRIVATE // 8:]
+        private[TX_FD // 8] = sock.fileno()
+        private[IOV // 8] = self._arena.mem.ctypes.data + own + HEADER
+        private[IOV // 8 + 1] = V.SHORT_BYTES
+        nif[L.N_FLAGS // 8] |= L.NF_TX_CHECKSUM | L.NF_TX_SEGMENT
 
     def _start(self) -> None:
         """Binds all sockets, then opens them together: while they join the fanout group one after the other,
@@ -480,6 +524,14 @@ class Netif:
                 sock.setsockopt(T.SOL_PACKET, T.FANOUT, struct.pack("I", how | group))
         except OSError as error:
             raise self._fail(f"cannot share it between {len(self._sockets)} queues: {error.strerror}") from None
+
+
+def _set_send_buffer(sock: socket.socket) -> None:
+    """As large as it may be: what finds no room in it is dropped."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER)
+    except OSError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
 
 
 def _attach_nothing(sock: socket.socket) -> None:

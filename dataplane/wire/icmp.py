@@ -24,11 +24,13 @@ ECHO_REPLY = 0
 UNREACHABLE = 3
 UNREACHABLE_PROTOCOL = 2
 UNREACHABLE_PORT = 3
+UNREACHABLE_TOO_BIG = 4     # fragmentation needed and DF set; RFC 1191 section 4: rest is the next hop's MTU
 ECHO = 8
 
 # ICMPv6
 UNREACHABLE6 = 1
 UNREACHABLE6_PORT = 4
+TOO_BIG6 = 2                # RFC 4443 section 3.2: rest is the next hop's MTU
 PARAMETER6 = 4
 PARAMETER6_NEXT_HEADER = 1  # unrecognized Next Header type
 ECHO6 = 128

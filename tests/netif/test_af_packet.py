@@ -329,7 +329,7 @@ def test_no_frame_comes_twice_while_the_queues_are_opened(link: Link) -> None:
 
 def test_what_we_send_arrives(link: Link) -> None:
     with link.rig(addresses=["10.1.0.9/24"]) as rig, link.peer.entered():
-        assert not rig.netif.passive and rig.word(L.N_FLAGS) == 0
+        assert not rig.netif.passive and rig.word(L.N_FLAGS) == L.NF_TX_CHECKSUM | L.NF_TX_SEGMENT
         with packet_socket(link.peer_device, receive=True) as raw, \
                 socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             raw.settimeout(10)

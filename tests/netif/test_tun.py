@@ -47,7 +47,8 @@ def udp_socket(ns: Namespace, address: str, port: int = 0) -> socket.socket:
 
 
 def test_what_the_queue_says(rig: Rig, ns: Namespace) -> None:
-    assert (rig.word(L.N_LINK), rig.word(L.N_MTU), rig.word(L.N_FLAGS)) == (L.LINK_RAW, 1500, 0)
+    assert (rig.word(L.N_LINK), rig.word(L.N_MTU), rig.word(L.N_FLAGS)) == (
+        L.LINK_RAW, 1500, L.NF_TX_CHECKSUM | L.NF_TX_SEGMENT)
     assert rig.netif.addresses == ADDRESSES and not rig.netif.passive
     shown = ns.ip("addr", "show", "dp0")
     assert "10.77.0.2/24" in shown and "fd77::2/64" in shown and "tentative" not in shown and "UP" in shown

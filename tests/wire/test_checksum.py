@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scapy.utils import checksum as scapy_checksum
 
 from dataplane.jit import kernel
-from dataplane.wire.checksum import finish, ones_sum, pseudo4, pseudo6, replaced
+from dataplane.wire.checksum import copy_sum, finish, ones_sum, partial, pseudo4, pseudo6, replaced
 
 
 @kernel("i64(mem, i64, i64)")
@@ -23,6 +23,16 @@ def whole(mem, at, size):
 @kernel("i64(mem, i64, i64, i64)")
 def split(mem, at, first, size):
     return finish(ones_sum(mem, at, first) + ones_sum(mem, at + first, size - first))
+
+
+@kernel("i64(mem, i64, i64, i64)")
+def copied(mem, target, source, size):
+    return finish(copy_sum(mem, target, source, size))
+
+
+@kernel("i64(i64)")
+def left_open(total):
+    return partial(total)
 
 
 @kernel("i64(i64, i64, i64)")
@@ -98,3 +108,18 @@ def test_pseudo_header6(addresses: bytes, proto: int, length: int) -> None:
     words = np.array([*struct.unpack(">4q", addresses), proto, length], np.int64)
     header = addresses + struct.pack(">II", length, proto)
     assert stored(of_pseudo6(words)) == expected(header)
+
+
+@given(st.binary(max_size=3000), st.integers(0, 9), st.integers(0, 9))
+def test_copy_and_sum_at_once(data: bytes, source: int, target: int) -> None:
+    mem = np.full(8192, 0xA5, np.uint8)
+    mem[source:source + len(data)] = np.frombuffer(data, np.uint8)
+    at = 4096 + target
+    assert copied(mem, at, source, len(data)) == whole(mem, source, len(data))
+    assert mem[at:at + len(data)].tobytes() == data
+    assert (mem[4096:at] == 0xA5).all() and (mem[at + len(data):] == 0xA5).all()     # and nothing else
+
+
+@given(st.integers(0, (1 << 40) - 1))
+def test_a_checksum_left_open_is_the_sum(total: int) -> None:
+    assert left_open(total) % 0xFFFF == total % 0xFFFF and 0 <= left_open(total) <= 0xFFFF
