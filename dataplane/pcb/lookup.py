@@ -26,7 +26,7 @@ guard nothing, and its two loads and its retry loop (a stopped writer!) are gone
 
 from __future__ import annotations
 
-from dataplane.jit import inlined, kernel
+from dataplane.jit import inlined, kernel, shared
 from dataplane.shm import layout as L
 from dataplane.shm.atomics import (
     acquire,
@@ -49,7 +49,8 @@ from dataplane.shm.atomics import (
 
 __all__ = [
     "PROBE_LIMIT", "bucket_insert", "bucket_remove", "bucket_replace", "class_hash", "classes_on_port", "find",
-    "buckets_unlock", "chain_push", "chain_remove", "find_exact", "key_word", "lookup", "probe",
+    "buckets_unlock", "chain_push", "chain_remove", "find_exact", "insert_unique", "key_word", "lookup", "probe",
+    "replace_entry",
 ]
 
 PROBE_LIMIT = 128
@@ -172,33 +173,38 @@ def _hash_of(mem, table, pcb):
 
 
 @inlined
+def _place(mem, bucket, number, tag):
+    """Puts the entry in a free place of the bucket, whose lock is held: 1, or 0 if it is full."""
+    free = match8(mem, bucket + L.BUCKET_TAGS, 0)
+    if free == 0:
+        return 0
+    place = ctz(free)
+    st32(mem, bucket + L.BUCKET_PCBS + 4 * place, number)
+    # SYNC bucket-entry: release pairs with the acquire in probe (I1).
+    store_release16(mem, bucket + L.BUCKET_TAGS + 2 * place, tag)
+    return 1
+
+
+@inlined
 def _claim(mem, bucket, number, tag, stamp):
     """Puts the entry in a free place of the bucket: 1, 0 if it is full, -1 if it is locked."""
     # SYNC bucket-lock: pairs with the release below, in another writer; else two writers could
     # take the same place.
     if cas(mem, bucket + L.BUCKET_LOCK, 0, stamp) == 0:
         return -1
-    free = match8(mem, bucket + L.BUCKET_TAGS, 0)
-    if free != 0:
-        place = ctz(free)
-        st32(mem, bucket + L.BUCKET_PCBS + 4 * place, number)
-        # SYNC bucket-entry: release pairs with the acquire in probe (I1).
-        store_release16(mem, bucket + L.BUCKET_TAGS + 2 * place, tag)
+    placed = _place(mem, bucket, number, tag)
     # SYNC bucket-lock: release pairs with the cas above.
     store_release(mem, bucket + L.BUCKET_LOCK, 0)
-    return 1 if free != 0 else 0
+    return placed
 
 
-@kernel("i64(mem, i64, i64, i64)")
-def bucket_insert(mem, table, number, stamp):
-    """Makes PCB `number` findable: 1; 0 when no bucket within reach has room; -1 when a bucket is
-    locked by another writer (the caller decides whether to try again)."""
+@inlined
+def _insert_from(mem, table, number, value, stamp, passed):
+    """Puts the entry into the first bucket with room, `passed` buckets behind its home or further on; their
+    overflow counts up to there are raised already. As bucket_insert."""
     mask = ld64(mem, table + L.T_BUCKETS)
     first = ld64(mem, table + L.T_BUCKET_AT)
-    pcb = ld64(mem, table + L.T_PCBS) + number * L.PCB_BYTES
-    value = _hash_of(mem, table, pcb)
     result = 0
-    passed = 0
     while result == 0 and passed < min(PROBE_LIMIT, mask + 1):
         bucket = first + ((value + passed) & mask) * L.BUCKET_BYTES
         result = _claim(mem, bucket, number, _tag(value), stamp)
@@ -209,6 +215,41 @@ def bucket_insert(mem, table, number, stamp):
             passed += 1
     if result != 1:
         _lower(mem, first, mask, value, passed)
+    return result
+
+
+@kernel("i64(mem, i64, i64, i64)")
+def bucket_insert(mem, table, number, stamp):
+    """Makes PCB `number` findable: 1; 0 when no bucket within reach has room; -1 when a bucket is
+    locked by another writer (the caller decides whether to try again)."""
+    value = _hash_of(mem, table, ld64(mem, table + L.T_PCBS) + number * L.PCB_BYTES)
+    return _insert_from(mem, table, number, value, stamp, 0)
+
+
+@shared
+def insert_unique(mem, table, number, stamp):
+    """The same for kernels, unless a PCB has this key already: -2 - its number then. All who insert a key in this
+    way hold the lock of its home bucket while they look and put: of two workers that complete the same
+    handshake, one finds the other's connection."""
+    pcb = ld64(mem, table + L.T_PCBS) + number * L.PCB_BYTES
+    value = _hash_of(mem, table, pcb)
+    home = ld64(mem, table + L.T_BUCKET_AT) + (value & ld64(mem, table + L.T_BUCKETS)) * L.BUCKET_BYTES
+    # SYNC bucket-lock: pairs with the release below and in _claim.
+    if cas(mem, home + L.BUCKET_LOCK, 0, stamp) == 0:
+        return -1
+    key = ld64(mem, pcb + L.PCB_KEY)
+    found = probe(mem, table, value, key & 0xFFFF_FFFF_FFFF, key >> 48 & 0xFF,
+                  ld64(mem, pcb + L.PCB_LOCAL_HI), ld64(mem, pcb + L.PCB_LOCAL_LO),
+                  ld64(mem, pcb + L.PCB_REMOTE_HI), ld64(mem, pcb + L.PCB_REMOTE_LO))
+    result = 1
+    if found >= 0:
+        result = -2 - found
+    elif _place(mem, home, number, _tag(value)) == 0:
+        # SYNC bucket-overflow: as in _insert_from.
+        fetch_add(mem, home + L.BUCKET_OVERFLOW, 1)
+        result = _insert_from(mem, table, number, value, stamp, 1)
+    # SYNC bucket-lock: release pairs with the cas above.
+    store_release(mem, home + L.BUCKET_LOCK, 0)
     return result
 
 
@@ -254,19 +295,27 @@ def bucket_remove(mem, table, number):
     return 1
 
 
-@kernel("i64(mem, i64, i64, i64)")
-def bucket_replace(mem, table, number, other):
-    """The entry of PCB `number` means PCB `other` from now on (same key: the next member of a
-    reuseport group). One store: readers find the one or the other."""
+@shared
+def replace_entry(mem, table, number, other):
+    """As bucket_replace, for kernels. The PCB `other` is complete: the store of its number releases it."""
     first = ld64(mem, table + L.T_BUCKET_AT)
     value = _hash_of(mem, table, ld64(mem, table + L.T_PCBS) + number * L.PCB_BYTES)
     where = _locate(mem, table, number, value)
     if where < 0:
         return 0
     bucket = first + ((value + where // 8) & ld64(mem, table + L.T_BUCKETS)) * L.BUCKET_BYTES
-    # The PCB `other` was written long before; workers saw it through its group's slots.
-    st32(mem, bucket + L.BUCKET_PCBS + 4 * (where % 8), other)
+    # SYNC bucket-entry: release pairs with the acquire in probe; a reader that has loaded the tag long
+    # before still reaches the PCB through the number, whose words it then depends on.
+    store_release32(mem, bucket + L.BUCKET_PCBS + 4 * (where % 8), other)
     return 1
+
+
+@kernel("i64(mem, i64, i64, i64)")
+def bucket_replace(mem, table, number, other):
+    """The entry of PCB `number` means PCB `other` from now on (same key: the next member of a
+    reuseport group, or a connection in the place of one in TIME_WAIT). One store: readers find the one or
+    the other. Only one process at a time replaces or removes a given PCB."""
+    return replace_entry(mem, table, number, other)
 
 
 @kernel("i64(mem, i64, i64)")

@@ -6,6 +6,12 @@ its number is used again only when every worker has passed the epoch that `close
 
 What only the writer needs (counts per port, members of groups, free numbers) is kept in Python
 and could be made again from the table.
+
+TCP. A listener and a connection opened by connect are sockets like the others, found through buckets.
+A *slot* is a PCB with all that an accepted connection needs but addresses: the supervisor makes it
+(`add_slot`) and puts its number into an RX worker's queue (`offer`); from then on workers own it (pcb/slots.py),
+until the continuation worker reports it (`Freed`) or its listener is closed (`is_spare`). The PCBs behind the
+sockets' are the continuation worker's: connections in TIME_WAIT, which need no memory of their owner.
 """
 
 from __future__ import annotations
@@ -15,25 +21,34 @@ import os
 import secrets
 import struct
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dataplane.pcb import lookup, reuseport
+import numpy as np
+
+from dataplane.pcb import lookup, reuseport, slots
+from dataplane.rings.pcq import Pcq, pcq_bytes
 from dataplane.shm import epoch
 from dataplane.shm import layout as L
 
 __all__ = ["SocketSpec", "Table"]
 
-UDP = 17
+TCP, UDP = 6, 17
 EPHEMERAL = range(49152, 65536)     # RFC 6335 section 6
-_WRITER = 1                         # the supervisor's stamp in bucket locks
+CONNECTING = range(1024, 65536)     # RFC 6056 section 3.2: as many as there are
+WRITER = 1                          # the supervisor's stamp in bucket locks and queues
+_TRIES = 1000                       # looks at a bucket that another writer has locked
+_KCONT_SPARE = 1024                 # room in the continuation queue beyond one place for each PCB
+_SLOTS_SPARE = 64                   # and in a slot queue, for places that a dead producer has left
+_CHUNK = 1 << 16                    # PCBs looked at in one go by `records`
 
 
 @dataclass(slots=True)
 class SocketSpec:
     """A socket to be opened. Addresses are (hi, lo) integers, an IPv4 address in lo."""
 
-    kind: str                                   # "udp", "raw", "tap"
+    kind: str                                   # "udp", "raw", "tap", "listen", "connection"
     families: int                               # L.KEY_FAMILY4 | L.KEY_FAMILY6
     proto: int = UDP                            # raw: 0 takes every protocol
     local: tuple[int, int] | None = None        # None: any
@@ -47,7 +62,10 @@ class SocketSpec:
     slot: int = 0
     ring_bytes: int = 65536
     lanes: list[int] = field(default_factory=list)   # arena offset of each worker's lane
-    wake: int = 0                                    # arena offset of the wake object
+    wake: int = 0                                    # arena offset of the wake object; 0: a connection's
+    place: int = 0                                   # connection: arena offset of its slot
+    buffers: tuple[int, int] = (0, 0)                # connection: bytes of the send and of the receive ring
+    backlog: int = 0                                 # listener: connections that may wait to be accepted
 
     @property
     def socket_class(self) -> int:
@@ -73,15 +91,19 @@ class SocketSpec:
     def hashed(self) -> bool:
         """Found through a bucket. The others are found through chains: what comes for a group address
         goes to all sockets on its port, however many of them have the same key."""
-        return self.kind == "udp" and not self.multicast
+        return self.kind in _ON_PORTS and not self.multicast
 
     @property
     def multicast(self) -> bool:
         """Bound to a group address, which any number of sockets may share, each with its copy."""
-        if self.local is None:
+        if self.local is None or self.kind != "udp":
             return False
         hi, lo = self.local
         return lo >> 28 == 0xE if self.families == L.KEY_FAMILY4 else (hi >> 56) & 0xFF == 0xFF
+
+
+_ON_PORTS = ("udp", "listen", "connection")
+_PCB_KINDS = {"listen": L.PK_LISTEN, "connection": L.PK_CONNECTION}
 
 
 def _signed(value: int) -> int:
@@ -92,6 +114,10 @@ def _round(value: int, to: int = 4096) -> int:
     return -(-value // to) * to
 
 
+def _log2(size: int) -> int:
+    return max(size.bit_length() - 1, 0)
+
+
 def _bucket_count(sockets: int) -> int:
     """A power of two with the eight places of a bucket at most 60 % taken."""
     count = 16
@@ -100,8 +126,19 @@ def _bucket_count(sockets: int) -> int:
     return count
 
 
-def _regions(sockets: int, workers: int, netifs: int, groups: int, neighbours: int) -> list[tuple[int | None, int]]:
-    """(header word that points to it, bytes) of each region, in order."""
+def _queue_bytes(sockets: int) -> int:
+    """Bytes of one worker's slot queue: all PCBs fit."""
+    return _round(pcq_bytes(sockets + _SLOTS_SPARE), L.CACHE_LINE * 2)
+
+
+def _regions(sockets: int, workers: int, netifs: int, groups: int, neighbours: int,
+             time_wait: int) -> list[tuple[int | None, int]]:
+    """(header word that points to it, bytes) of each region, in order.
+
+    A socket takes PCB_BYTES, 13 to 27 bytes of buckets, 16 in the continuation queue, and for each worker
+    LS_BYTES, 8 for a head of a slot list and 16 in the slot queue; a TIME_WAIT entry the same but the last.
+    """
+    ordinary, sockets = sockets, sockets + time_wait
     return [
         (None, L.T_HEADER),
         (L.T_PCBS, sockets * L.PCB_BYTES),
@@ -110,25 +147,31 @@ def _regions(sockets: int, workers: int, netifs: int, groups: int, neighbours: i
         (L.T_CHAINS, 2 * 65536 * 4),
         (L.T_GROUPS, groups * L.GROUP_BYTES),
         (L.T_LANES, workers * sockets * L.LS_BYTES),
-        (L.T_WORKER_AT, workers * L.W_BYTES),
+        (L.T_WORKER_AT, (workers + 1) * L.W_BYTES),
         (L.T_NIFS, netifs * workers * L.N_BYTES),
         (L.T_NEIGHBOURS, neighbours * L.NB_BYTES),
+        (L.T_SLOT_HEADS, workers * sockets * 8),
+        (L.T_SLOT_QUEUES, workers * _queue_bytes(ordinary)),
+        (L.T_KCONT, pcq_bytes(sockets + _KCONT_SPARE)),
     ]
 
 
 class Table:
     """The PCB table at `offset` of the arena; formats the zeroed memory there.
 
-    One writer per process and table. `sockets`, `groups` are capacities; `neighbours` a power
-    of two.
+    One writer per process and table. `sockets`, `groups`, `time_wait` are capacities; `neighbours` a
+    power of two. The attribute `sockets` counts all PCBs, those for TIME_WAIT from `ordinary` on.
     """
 
     def __init__(self, mem: Any, offset: int, sockets: int, workers: int, netifs: int,
-                 groups: int = 1024, neighbours: int = 1024) -> None:
+                 groups: int = 1024, neighbours: int = 1024, time_wait: int = 0) -> None:
         self.mem, self.offset = mem, offset
-        self.sockets, self.workers, self.netifs = sockets, workers, netifs
+        self.ordinary, self.sockets = sockets, sockets + time_wait
+        self.workers, self.netifs = workers, netifs
         self._view = memoryview(mem)
         self._specs: dict[int, SocketSpec] = {}
+        self._listeners: set[int] = set()       # the open ones
+        self._slots: set[int] = set()           # PCBs that are slots, with or without a connection
         self._free = deque(range(sockets))
         self._closing: dict[int, int] = {}
         self._on_port: Counter[tuple[int, int, int]] = Counter()
@@ -139,9 +182,10 @@ class Table:
         self._format(groups, neighbours)
 
     @staticmethod
-    def size(sockets: int, workers: int, netifs: int, groups: int = 1024, neighbours: int = 1024) -> int:
+    def size(sockets: int, workers: int, netifs: int, groups: int = 1024, neighbours: int = 1024,
+             time_wait: int = 0) -> int:
         """Bytes that a table of these capacities takes."""
-        return sum(_round(size) for _, size in _regions(sockets, workers, netifs, groups, neighbours))
+        return sum(_round(size) for _, size in _regions(sockets, workers, netifs, groups, neighbours, time_wait))
 
     # -- words ---------------------------------------------------------------------------
 
@@ -155,7 +199,8 @@ class Table:
 
     def _format(self, groups: int, neighbours: int) -> None:
         at = self.offset
-        for word, size in _regions(self.sockets, self.workers, self.netifs, groups, neighbours):
+        time_wait = self.sockets - self.ordinary
+        for word, size in _regions(self.ordinary, self.workers, self.netifs, groups, neighbours, time_wait):
             if word is not None:
                 self.put(self.offset + word, at)
             at += _round(size)
@@ -163,16 +208,22 @@ class Table:
             (L.T_SECRET0, secrets.randbits(64)), (L.T_SECRET1, secrets.randbits(64)), (L.T_WORKERS, self.workers),
             (L.T_SOCKETS, self.sockets), (L.T_BUCKETS, _bucket_count(self.sockets) - 1), (L.T_EPOCH, 1),
             (L.T_NIF_COUNT, self.netifs), (L.T_NEIGHBOUR_MASK, neighbours - 1), (L.T_GROUP_COUNT, groups),
+            (L.T_TIME_WAIT_AT, self.ordinary), (L.T_SLOT_QUEUE_BYTES, _queue_bytes(self.ordinary)),
         ):
             self.put(self.offset + word, value)
         self._pcbs = self.get(self.offset + L.T_PCBS)
         self._lanes = self.get(self.offset + L.T_LANES)
-        for index in range(self.workers):
+        Pcq.create(self.mem, self.get(self.offset + L.T_KCONT), self.sockets + _KCONT_SPARE)
+        self._queues = [Pcq.create(self.mem, self.slot_queue(index), self.ordinary + _SLOTS_SPARE, WRITER)
+                        for index in range(self.workers)]
+        for index in range(self.workers + 1):       # the last one: the continuation worker's
             block = self.worker(index)
             self.put(block + L.W_INDEX, index)
             self.put(block + L.W_TABLE, self.offset)
-            self.put(block + L.W_LANES, self._lanes + index * self.sockets * L.LS_BYTES)
             self.put(block + L.W_EPOCH, L.EPOCH_IDLE)
+        for index in range(self.workers):
+            block = self.worker(index)
+            self.put(block + L.W_LANES, self._lanes + index * self.sockets * L.LS_BYTES)
             self.put(block + L.W_NIF_COUNT, self.netifs)
             for netif in range(self.netifs):
                 queue = self.nif(netif, index)
@@ -182,7 +233,7 @@ class Table:
                 self.put(queue + L.N_QUEUES, self.workers)
 
     def worker(self, index: int) -> int:
-        """Arena offset of the worker's block."""
+        """Arena offset of the worker's block; that of number `workers` is the continuation worker's."""
         return self.get(self.offset + L.T_WORKER_AT) + index * L.W_BYTES
 
     def nif(self, netif: int, worker: int) -> int:
@@ -197,17 +248,31 @@ class Table:
         """Arena offset of what `worker` knows of the PCB's lane."""
         return self._lanes + (worker * self.sockets + number) * L.LS_BYTES
 
+    def slot_queue(self, worker: int) -> int:
+        """Arena offset of the queue of free slots given to that worker."""
+        queues = self.get(self.offset + L.T_SLOT_QUEUES)
+        return queues + worker * self.get(self.offset + L.T_SLOT_QUEUE_BYTES)
+
+    def slot_head(self, listener: int, worker: int) -> int:
+        """Arena offset of the first word of that worker's list of the listener's free slots."""
+        return self.get(self.offset + L.T_SLOT_HEADS) + (worker * self.sockets + listener) * 8
+
+    @property
+    def room(self) -> int:
+        """Sockets that can still be opened."""
+        return len(self._free)
+
     # -- open ----------------------------------------------------------------------------
 
     def check(self, spec: SocketSpec) -> None:
         """Raises the OSError that `open` would raise, and changes nothing."""
         if not self._free:
-            raise OSError(errno.ENOBUFS, f"all {self.sockets} sockets (sockets.max) are open")
+            raise OSError(errno.ENOBUFS, f"all {self.ordinary} sockets (sockets.max) are open")
         if spec.port is not None and not 0 < spec.port < 65536:
             raise OSError(errno.EINVAL, f"port {spec.port} is not between 1 and 65535")
         if spec.kind == "udp" and spec.port is None and (spec.remote, spec.local) != (None, None):
             raise OSError(errno.EINVAL, "a socket that is bound to an address or connected needs a local port")
-        if spec.kind == "udp":
+        if spec.kind in _ON_PORTS:
             self._group_to_join(spec)
         elif spec.reuseport and spec.kind == "tap":
             raise OSError(errno.EINVAL, "a tap takes a copy of every frame: it cannot be shared by reuseport")
@@ -221,8 +286,19 @@ class Table:
                 return port
         raise OSError(errno.EADDRINUSE, "no unused port is left")
 
+    def connecting_port(self, spec: SocketSpec) -> int:
+        """A port from which `spec`, whose local and remote addresses are set, can connect: at random (RFC 6056
+        section 3.3.1), nobody listens there, and no connection has these two ends, not even one in TIME_WAIT.
+        Raises OSError(EADDRNOTAVAIL) if there is none."""
+        start = secrets.randbelow(len(CONNECTING))
+        for step in range(len(CONNECTING)):
+            spec.port = CONNECTING[(start + step) % len(CONNECTING)]
+            if self.mem[self._class_byte(TCP, spec.port)] == 0 and self._find(spec) < 0:
+                return spec.port
+        raise OSError(errno.EADDRNOTAVAIL, "every local port is in use for connections to this address and port")
+
     def _find(self, spec: SocketSpec) -> int:
-        """An open socket with the same key and a family in common, or -1."""
+        """An open socket with the same key and a family in common, or -1. A TIME_WAIT entry counts."""
         cls, proto, ports, *addresses = spec.key
         scratch = self.offset + L.T_HEADER - 64
         for index, value in enumerate(addresses):
@@ -246,15 +322,18 @@ class Table:
         found = self._find(spec)
         if found < 0:
             return -1
-        other = self._specs[found]
-        if spec.reuseport and other.reuseport and other.uid == spec.uid and other.families == spec.families:
+        other = self._specs.get(found)      # none: an accepted connection, or one in TIME_WAIT
+        if (spec.reuseport and other is not None and other.reuseport and other.uid == spec.uid
+                and other.families == spec.families):
             return found
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
     def open(self, spec: SocketSpec) -> int:
         """Opens the socket: its PCB number. From now on packets may enter its lanes.
 
-        Raises OSError: EADDRINUSE, ENOBUFS (table, groups or buckets full), EINVAL.
+        A listener is not disturbed by connections of its port, nor by such in TIME_WAIT, as a BSD socket
+        with SO_REUSEADDR: they have other keys. Raises OSError: EADDRINUSE, ENOBUFS (table, groups or
+        buckets full), EINVAL, EAGAIN (a worker stands still in the middle of changing the bucket).
         """
         self.check(spec)
         leader = self._group_to_join(spec)
@@ -267,18 +346,36 @@ class Table:
         self._fill(number, spec, group)
         if group and leader < 0:
             self._join(number, group)
-        if (spec.hashed and leader < 0
-                and lookup.bucket_insert(self.mem, self.offset, number, _WRITER) != 1):
+        if spec.hashed and leader < 0 and (problem := self._insert(number, spec)):
             self._abandon(number, spec)
-            raise OSError(errno.ENOBUFS, "the socket table has no room within reach of this address")
+            raise problem
         self._specs[number] = spec
+        if spec.kind == "listen":
+            self._listeners.add(number)
         self._enlist(number, spec)
         if leader >= 0:     # last: the flows that it takes over must find it in its chain
             self._join(number, group)
-        self.put(self.offset + L.T_OPEN, len(self._specs) - len(self._closing))
+        self._count_open()
         return number
 
-    def _fill(self, number: int, spec: SocketSpec, group: int) -> None:
+    def _insert(self, number: int, spec: SocketSpec) -> OSError | None:
+        """Makes the PCB findable, or says why not."""
+        for _ in range(_TRIES):
+            done = lookup.bucket_insert(self.mem, self.offset, number, WRITER)
+            if done >= 0:
+                break
+            os.sched_yield()    # a worker is just putting a new connection there
+        if done == 0:
+            return OSError(errno.ENOBUFS, "the socket table has no room within reach of this address")
+        if done < 0:
+            return OSError(errno.EAGAIN, "an RX worker holds the place in the socket table: try again")
+        if spec.kind == "connection" and self._find(spec) != number:
+            # A worker has accepted a connection with the same two ends since `check`.
+            lookup.bucket_remove(self.mem, self.offset, number)
+            return OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        return None
+
+    def _fill(self, number: int, spec: SocketSpec, group: int, state: int = L.PCB_OPEN) -> None:
         pcb = self.pcb(number)
         cls, proto, ports, local_hi, local_lo, remote_hi, remote_lo = spec.key
         key = ports | proto << 32 | cls << 40 | spec.families << 48 | (L.KEY_REUSEPORT << 56 if spec.reuseport else 0)
@@ -286,17 +383,19 @@ class Table:
             (L.PCB_LOCAL_HI, local_hi), (L.PCB_LOCAL_LO, local_lo), (L.PCB_REMOTE_HI, remote_hi),
             (L.PCB_REMOTE_LO, remote_lo), (L.PCB_KEY, key), (L.PCB_GROUP, group), (L.PCB_NEXT, 0), (L.PCB_PREVIOUS, 0),
             (L.PCB_OWNER, spec.owner), (L.PCB_GENERATION, (self.get(pcb + L.PCB_GENERATION) + 1) & 0x7FFFFFFF),
-            (L.PCB_UID, spec.uid), (L.PCB_PID, spec.pid), (L.PCB_SEGMENT, spec.segment), (L.PCB_SLOT, spec.slot),
-            (L.PCB_RING, spec.ring_bytes),
+            (L.PCB_UID, spec.uid), (L.PCB_PID, spec.pid), (L.PCB_SEGMENT, spec.segment), (L.PCB_SLOT_AT, spec.slot),
+            (L.PCB_RING, spec.ring_bytes), (L.PCB_KIND, _PCB_KINDS.get(spec.kind, L.PK_PLAIN)),
+            (L.PCB_PLACE, spec.place), (L.PCB_BUFFERS, _log2(spec.buffers[0]) | _log2(spec.buffers[1]) << 8),
+            (L.PCB_DUE, 0), (L.PCB_LISTENER, 0), (L.PCB_WORKER, 0), (L.PCB_BACKLOG, spec.backlog), (L.PCB_WANT, 0),
         ):
             self.put(pcb + word, value)
         for worker, lane in enumerate(spec.lanes):
-            state = self.lane_state(number, worker)
-            self.mem[state:state + L.LS_BYTES] = 0
-            self.put(state + L.LS_BASE, lane)
-            self.put(state + L.LS_MASK, spec.ring_bytes - 1)
-            self.put(state + L.LS_WAKE, spec.wake)
-        self.put(pcb + L.PCB_STATE, L.PCB_OPEN)
+            words = self.lane_state(number, worker)
+            self.mem[words:words + L.LS_BYTES] = 0
+            self.put(words + L.LS_BASE, lane)
+            self.put(words + L.LS_MASK, spec.ring_bytes - 1)
+            self.put(words + L.LS_WAKE, spec.wake)
+        self.put(pcb + L.PCB_STATE, state)
 
     def _join(self, number: int, group: int) -> None:
         members = self._members.setdefault(group, [])
@@ -310,8 +409,7 @@ class Table:
         if spec.reuseport:
             self._leave(number)
             self._free_groups.append(self._retired.pop(number))   # no worker ever saw it
-        self.put(self.pcb(number) + L.PCB_STATE, L.PCB_FREE)
-        self._free.append(number)
+        self._clear(number)
 
     # -- chains and class bits -----------------------------------------------------------
 
@@ -326,22 +424,29 @@ class Table:
         return self.get(self.offset + L.T_CHAINS) + 4 * spec.port, 4
 
     def _enlist(self, number: int, spec: SocketSpec) -> None:
-        lookup.chain_push(self.mem, self.offset, *self._chain(spec), number)
-        if spec.kind == "udp":
-            self._on_port[spec.proto, spec.port or 0, spec.socket_class] += 1
-            self._class_bits(spec)
+        if spec.proto != TCP or spec.kind not in _ON_PORTS:     # nothing is ever multicast to TCP
+            lookup.chain_push(self.mem, self.offset, *self._chain(spec), number)
+        self._count(spec, 1)
 
     def _delist(self, number: int, spec: SocketSpec) -> None:
-        lookup.chain_remove(self.mem, self.offset, *self._chain(spec), number)
-        if spec.kind == "udp":
-            self._on_port[spec.proto, spec.port or 0, spec.socket_class] -= 1
-            self._class_bits(spec)
+        if spec.proto != TCP or spec.kind not in _ON_PORTS:
+            lookup.chain_remove(self.mem, self.offset, *self._chain(spec), number)
+        self._count(spec, -1)
 
-    def _class_bits(self, spec: SocketSpec) -> None:
+    def _count(self, spec: SocketSpec, change: int) -> None:
+        """Class bits of the port: of UDP's all classes, of TCP's the listeners', since a connection is looked
+        for in any case."""
+        if spec.kind not in ("udp", "listen"):
+            return
         port = spec.port or 0
+        self._on_port[spec.proto, port, spec.socket_class] += change
         bits = sum(1 << cls for cls in range(L.CLASS_ANY + 1) if self._on_port[spec.proto, port, cls] > 0)
-        place = self.offset + L.T_ANY if spec.port is None else self.get(self.offset + L.T_PORTS) + port
-        self.mem[place] = bits
+        self.mem[self._class_byte(spec.proto, spec.port)] = bits
+
+    def _class_byte(self, proto: int, port: int | None) -> int:
+        if port is None:
+            return self.offset + L.T_ANY
+        return self.get(self.offset + L.T_PORTS) + (65536 if proto == TCP else 0) + port
 
     # -- close ---------------------------------------------------------------------------
 
@@ -351,6 +456,7 @@ class Table:
         spec = self._specs[number]
         # A group's other members take its flows over before it is gone.
         heir = self._leave(number) if spec.reuseport else -1
+        self._listeners.discard(number)
         self._delist(number, spec)
         if spec.hashed:
             if heir >= 0:
@@ -359,7 +465,7 @@ class Table:
                 lookup.bucket_remove(self.mem, self.offset, number)
         self.put(self.pcb(number) + L.PCB_STATE, L.PCB_CLOSING)
         self._closing[number] = int(epoch.advance(self.mem, self.offset))
-        self.put(self.offset + L.T_OPEN, len(self._specs) - len(self._closing))
+        self._count_open()
         return self._closing[number]
 
     def _leave(self, number: int) -> int:
@@ -381,11 +487,17 @@ class Table:
     def free(self, number: int) -> None:
         """The number may be used again. Only after `passed`."""
         del self._specs[number], self._closing[number]
-        for worker in range(self.workers):
-            self.put(self.lane_state(number, worker) + L.LS_BASE, 0)
         if group := self._retired.pop(number, 0):
             self._free_groups.append(group)
+        for worker in range(self.workers):
+            self.put(self.slot_head(number, worker), 0)
+        self._clear(number)
+
+    def _clear(self, number: int) -> None:
+        for worker in range(self.workers):
+            self.put(self.lane_state(number, worker) + L.LS_BASE, 0)
         self.put(self.pcb(number) + L.PCB_STATE, L.PCB_FREE)
+        self.put(self.pcb(number) + L.PCB_KIND, L.PK_PLAIN)
         self._free.append(number)
 
     def set_wake(self, number: int, wake: int) -> int:
@@ -395,7 +507,73 @@ class Table:
             self.put(self.lane_state(number, worker) + L.LS_WAKE, wake)
         return int(epoch.advance(self.mem, self.offset))
 
+    # -- connections ---------------------------------------------------------------------
+
+    def add_slot(self, listener: int, spec: SocketSpec, worker: int) -> int:
+        """A PCB for connections that `listener` will accept on that worker: its number. `spec` says whose it is
+        and where its memory is. Raises OSError(ENOBUFS)."""
+        if not self._free:
+            raise OSError(errno.ENOBUFS, f"all {self.ordinary} sockets (sockets.max) are open")
+        number = self._free.popleft()
+        self._fill(number, spec, 0, L.PCB_CLOSING)
+        pcb = self.pcb(number)
+        self.put(pcb + L.PCB_LISTENER, listener + 1)
+        self.put(pcb + L.PCB_WORKER, worker)
+        self.put(pcb + L.PCB_STATE, L.PCB_SLOT)
+        self._slots.add(number)
+        return number
+
+    def offer(self, number: int) -> bool:
+        """Gives a slot, whose memory all workers have mapped, to its worker. False: the queue is full."""
+        return self._queues[self.get(self.pcb(number) + L.PCB_WORKER)].put(number)
+
+    def wanting(self) -> list[int]:
+        """Listeners that are short of slots; each is told once until it is `sated`."""
+        found = [number for number in self._listeners if self.get(self.pcb(number) + L.PCB_WANT) == 1]
+        for number in found:
+            self.put(self.pcb(number) + L.PCB_WANT, 2)
+        return found
+
+    def sated(self, number: int) -> None:
+        """Workers may ask for slots for this listener again."""
+        if number in self._listeners:
+            self.put(self.pcb(number) + L.PCB_WANT, 0)
+
+    def is_spare(self, number: int) -> bool:
+        """Whether it is a slot without a connection, in a worker's queue or list."""
+        return number in self._slots and self.get(self.pcb(number) + L.PCB_STATE) == L.PCB_SLOT
+
+    def forgotten(self, listener: int) -> bool:
+        """Whether every worker has emptied its queue and dropped its list of this listener's slots."""
+        return all(self.get(self.slot_head(listener, worker)) == slots.FORGOTTEN for worker in range(self.workers))
+
+    def orphan(self, number: int) -> None:
+        """The connection's listener is gone: at its end the slot comes back to the supervisor."""
+        self.put(self.pcb(number) + L.PCB_LISTENER, 0)
+
+    def take_back(self, number: int) -> None:
+        """The number may be used again: of a slot that is out of workers' reach, or of a connection opened by
+        connect that is over."""
+        if number in self._slots:
+            self._slots.remove(number)
+        else:
+            del self._specs[number]
+            self._count_open()
+        self._clear(number)
+
+    def _count_open(self) -> None:
+        self.put(self.offset + L.T_OPEN, len(self._specs) - len(self._closing))
+
     # -- tell ----------------------------------------------------------------------------
+
+    def records(self, start: int = 0) -> Iterator[int]:
+        """Numbers of open PCBs from `start` on: sockets, accepted connections and TIME_WAIT entries. What
+        workers open and close meanwhile is told or not."""
+        for first in range(max(start, 0), self.sockets, _CHUNK):
+            last = min(first + _CHUNK, self.sockets)
+            words = self.mem[self.pcb(first):self.pcb(last)].view(np.int64).reshape(-1, L.PCB_BYTES // 8)
+            for index in np.nonzero(words[:, L.PCB_STATE // 8] == L.PCB_OPEN)[0].tolist():
+                yield first + index
 
     def open_pcbs(self) -> list[int]:
         """Numbers of all open sockets."""
@@ -404,6 +582,18 @@ class Table:
     def spec(self, number: int) -> SocketSpec:
         """What the socket was opened with."""
         return self._specs[number]
+
+    def key(self, number: int) -> tuple[int, tuple[int, int], int, tuple[int, int, int] | None]:
+        """(families, local address, local port, remote address and port) as the PCB says now."""
+        pcb = self.pcb(number)
+        key = self.get(pcb + L.PCB_KEY)
+        local = self.get(pcb + L.PCB_LOCAL_HI), self.get(pcb + L.PCB_LOCAL_LO)
+        remote = self.get(pcb + L.PCB_REMOTE_HI), self.get(pcb + L.PCB_REMOTE_LO), (key >> 16) & 0xFFFF
+        return (key >> 48) & 3, local, key & 0xFFFF, remote if remote[2] else None
+
+    def word(self, number: int, word: int) -> int:
+        """A word (L.PCB_...) of the PCB."""
+        return self.get(self.pcb(number) + word)
 
     def generation(self, number: int) -> int:
         """Tells a number's present socket from its former ones."""
@@ -418,12 +608,14 @@ class Table:
             lane = self.get(state + L.LS_BASE)
             if not lane:
                 continue
-            tail, taken = self.get(lane + L.LANE_TAIL), self.get(lane + L.LANE_CONSUMED)
+            total["dropped"] += self.get(state + L.LS_DROPPED)
             head, published = self.get(state + L.LS_PUBLISHED), self.get(state + L.LS_COUNT)
+            if not head:        # it may be in a page that has no memory yet
+                continue
+            tail, taken = self.get(lane + L.LANE_TAIL), self.get(lane + L.LANE_CONSUMED)
             consumed = min(max(taken, 0), published)
             total["published"] += published
             total["consumed"] += consumed
             total["queued"] += published - consumed
             total["queued_bytes"] += min(max(head - tail, 0), self.get(state + L.LS_MASK) + 1)
-            total["dropped"] += self.get(state + L.LS_DROPPED)
         return total

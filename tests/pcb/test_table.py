@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from dataplane.jit import kernel
 from dataplane.pcb import lookup
-from dataplane.pcb.table import EPHEMERAL, SocketSpec, Table
+from dataplane.pcb.table import EPHEMERAL, TCP, SocketSpec, Table
 from dataplane.shm import epoch
 from dataplane.shm import layout as L
 from dataplane.shm.arena import Arena
@@ -26,7 +26,7 @@ FOUR, SIX, BOTH = L.KEY_FAMILY4, L.KEY_FAMILY6, L.KEY_FAMILY4 | L.KEY_FAMILY6
 LOCALS = ("10.0.0.1", "10.0.0.2", "239.1.1.1", "fd00::1", "::a00:1", "ff05::1")     # ::a00:1 is 10.0.0.1 in lo
 REMOTES = ("192.0.2.1", "192.0.2.2", "fd01::1")
 PORTS = (53, 5353)
-SOCKETS, GROUPS = 16, 3
+SOCKETS, GROUPS, TIME_WAIT = 16, 3, 8
 
 
 @kernel("i64(mem, i64, i64, i64, i64)")
@@ -37,8 +37,8 @@ def find(mem, table, family, ports, addresses):
 
 def make(sockets: int = SOCKETS, groups: int = GROUPS, workers: int = 1) -> tuple[Arena, Table]:
     arena = Arena(1 << 34)
-    size = Table.size(sockets, workers, 1, groups, 64)
-    return arena, Table(arena.mem, arena.map_anonymous(size), sockets, workers, 1, groups, 64)
+    capacities = (sockets, workers, 1, groups, 64, TIME_WAIT)
+    return arena, Table(arena.mem, arena.map_anonymous(Table.size(*capacities)), *capacities)
 
 
 def packet(table: Table, local: str, port: int, remote: tuple[str, int]) -> int:
@@ -407,6 +407,147 @@ def test_counters_do_not_believe_the_consumer() -> None:
         counters = table.counters(number)
         assert counters["published"] == 10 and counters["consumed"] + counters["queued"] == 10
         assert 0 <= counters["queued"] <= 10 and 0 <= counters["queued_bytes"] <= 4096
+
+
+# -- TCP ---------------------------------------------------------------------------------------------------
+
+
+def listen(local: str | None = None, port: int = 80, families: int = BOTH, **more: Any) -> SocketSpec:
+    return SocketSpec("listen", family_bits(local) if local else families, TCP, port=port,
+                      local=pair(local) if local else None, backlog=5, **more)
+
+
+def connection(port: int, remote: tuple[str, int], local: str = "10.0.0.1") -> SocketSpec:
+    return SocketSpec("connection", family_bits(local), TCP, local=pair(local), port=port,
+                      remote=(*pair(remote[0]), remote[1]), place=8192, buffers=(4096, 16384), lanes=[12288])
+
+
+def class_bits(table: Table, port: int) -> int:
+    return int(table.mem[table.get(table.offset + L.T_PORTS) + 65536 + port])
+
+
+def test_listeners_and_connections_of_one_port() -> None:
+    """As BSD sockets with SO_REUSEADDR: connections do not keep anybody from listening, a listener does."""
+    _, table = make()
+    first = table.open(connection(80, ("192.0.2.1", 7)))
+    assert class_bits(table, 80) == 0
+    wild = table.open(listen())
+    bound = table.open(listen("10.0.0.1"))
+    table.open(udp(port=80))
+    assert class_bits(table, 80) == 1 << L.CLASS_BOUND | 1 << L.CLASS_WILDCARD
+    for spec in (listen(), listen(families=SIX), listen("10.0.0.1"), connection(80, ("192.0.2.1", 7))):
+        with pytest.raises(OSError) as error:
+            table.open(spec)
+        assert error.value.errno == errno.EADDRINUSE
+    table.open(connection(80, ("192.0.2.1", 8)))
+    assert [table.word(one, L.PCB_KIND) for one in (first, wild)] == [L.PK_CONNECTION, L.PK_LISTEN]
+    assert table.word(wild, L.PCB_BACKLOG) == 5 and table.word(first, L.PCB_BUFFERS) == 12 | 14 << 8
+    assert table.word(first, L.PCB_STATE) == L.PCB_OPEN
+    assert table.word(first, L.PCB_PLACE) == 8192 and table.get(table.lane_state(first, 0) + L.LS_WAKE) == 0
+    table.close(bound)
+    assert class_bits(table, 80) == 1 << L.CLASS_WILDCARD
+    table.close(wild)
+    assert class_bits(table, 80) == 0 and table.get(table.get(table.offset + L.T_CHAINS) + 4 * (65536 + 80)) == 0
+
+
+def test_a_group_of_listeners() -> None:
+    _, table = make()
+    members = [table.open(listen(reuseport=True)) for _ in range(3)]
+    group = table.word(members[0], L.PCB_GROUP)
+    assert group and all(table.word(one, L.PCB_GROUP) == group for one in members)
+    with pytest.raises(OSError):
+        table.open(listen())
+    for one in members:
+        table.close(one)
+    assert class_bits(table, 80) == 0
+
+
+def test_ports_to_connect_from() -> None:
+    _, table = make(sockets=600)
+    table.open(listen(port=5000))
+    remote = ("192.0.2.1", 7)
+    ports = []
+    for _ in range(500):
+        spec = connection(0, remote)
+        spec.port = port = table.connecting_port(spec)
+        ports.append(port)
+        table.open(spec)
+    assert len(set(ports)) == 500 and 5000 not in ports and min(ports) >= 1024
+    assert max(ports) - min(ports) > 32768, "at random over the whole range"
+    assert ports != sorted(ports)
+
+
+def test_all_ports_to_connect_from_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dataplane.pcb.table.CONNECTING", range(3000, 3004))
+    _, table = make()
+    table.open(listen(port=3001))
+    remote = ("192.0.2.1", 7)
+    numbers = []
+    for _ in range(3):
+        spec = connection(0, remote)
+        spec.port = table.connecting_port(spec)
+        numbers.append(table.open(spec))
+    with pytest.raises(OSError) as error:
+        table.connecting_port(connection(0, remote))
+    assert error.value.errno == errno.EADDRNOTAVAIL
+    assert table.connecting_port(connection(0, ("192.0.2.1", 8))) in (3000, 3002, 3003)
+    # The continuation worker takes a connection out, and gives its place to a TIME_WAIT entry: still in use.
+    gone = numbers[0]
+    waiting = table.ordinary
+    table.mem[table.pcb(waiting):table.pcb(waiting) + 64] = table.mem[table.pcb(gone):table.pcb(gone) + 64]
+    table.put(table.pcb(waiting) + L.PCB_KIND, L.PK_TIME_WAIT)
+    assert lookup.bucket_replace(table.mem, table.offset, gone, waiting) == 1
+    port = table.key(gone)[2]
+    table.take_back(gone)
+    with pytest.raises(OSError):
+        table.connecting_port(connection(0, remote))
+    with pytest.raises(OSError) as error:
+        table.open(connection(port, remote))
+    assert error.value.errno == errno.EADDRINUSE
+    table.open(listen(port=port))       # nothing is in the way of a listener
+    assert lookup.bucket_remove(table.mem, table.offset, waiting) == 1
+    table.open(connection(port, remote))
+
+
+def test_a_bucket_that_a_worker_holds() -> None:
+    """The supervisor does not wait for ever, and leaves nothing behind."""
+    _, table = make()
+    table.put(table.offset + L.T_BUCKETS, 0)
+    bucket = table.get(table.offset + L.T_BUCKET_AT)
+    table.put(bucket + L.BUCKET_LOCK, 7)
+    with pytest.raises(OSError) as error:
+        table.open(listen())
+    assert error.value.errno == errno.EAGAIN and table.room == SOCKETS
+    assert lookup.buckets_unlock(table.mem, table.offset, 7) == 1
+    table.open(listen())
+
+
+def test_regions_of_tcp_do_not_overlap() -> None:
+    _, table = make(workers=3)
+    assert table.sockets == SOCKETS + TIME_WAIT and table.get(table.offset + L.T_TIME_WAIT_AT) == SOCKETS
+    blocks = [table.worker(index) for index in range(4)]
+    assert [table.get(block + L.W_INDEX) for block in blocks] == [0, 1, 2, 3]
+    assert all(table.get(block + L.W_EPOCH) == L.EPOCH_IDLE for block in blocks)
+    assert table.get(table.offset + L.T_WORKERS) == 3
+    starts = sorted(table.get(table.offset + word) for word in (
+        L.T_PCBS, L.T_BUCKET_AT, L.T_PORTS, L.T_CHAINS, L.T_GROUPS, L.T_LANES, L.T_WORKER_AT, L.T_NIFS,
+        L.T_NEIGHBOURS, L.T_SLOT_HEADS, L.T_SLOT_QUEUES, L.T_KCONT))
+    assert len(set(starts)) == len(starts)
+    assert table.slot_head(SOCKETS, 2) < table.slot_queue(0)
+    assert table.slot_queue(2) + L.PCQ_SLOTS + SOCKETS * L.PCQ_SLOT_BYTES <= table.get(table.offset + L.T_KCONT)
+
+
+def test_records_are_all_that_is_open() -> None:
+    _, table = make()
+    pcb = table.open(listen())
+    slot = table.add_slot(pcb, connection(0, ("0.0.0.0", 0), "0.0.0.0"), 0)
+    other = table.open(udp(port=53))
+    table.close(other)
+    assert list(table.records()) == [pcb] and list(table.records(pcb + 1)) == []
+    assert table.get(table.offset + L.T_OPEN) == 1
+    table.put(table.pcb(slot) + L.PCB_STATE, L.PCB_OPEN)
+    table.put(table.pcb(SOCKETS + 3) + L.PCB_STATE, L.PCB_OPEN)
+    assert list(table.records()) == [pcb, slot, SOCKETS + 3] and list(table.records(slot + 1)) == [SOCKETS + 3]
 
 
 # -- many --------------------------------------------------------------------------------------------------
