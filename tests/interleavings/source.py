@@ -58,7 +58,7 @@ def actors(module: ModuleType, *changes: tuple[str, str], constants: dict[int, i
     tree = ast.parse(text)
     kept = [node for node in tree.body if isinstance(node, ast.FunctionDef)
             and any(name in ast.dump(decorator) for decorator in node.decorator_list
-                    for name in ("inlined", "kernel"))]
+                    for name in ("inlined", "kernel", "shared"))]
     names = {node.name for node in kept}
     tree.body = [_Actors(names).visit(node) for node in kept]
     namespace = dict(vars(module))
