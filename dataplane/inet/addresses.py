@@ -1,7 +1,7 @@
 """Our own addresses, and where a packet for another one goes.
 
-Used by output, packets, icmp and discovery. Reads the netif queues' settings only, which the supervisor wrote
-before the workers started. A passive netif has no part in any of it: nothing is ever sent there.
+Used by output, packets, icmp, tcp_transmit and discovery. Reads the netif queues' settings only, which the
+supervisor wrote before the workers started. A passive netif has no part in any of it: nothing is ever sent there.
 
 Routing is that of a host (RFC 1122 section 3.3.1): on-link by the longest prefix over all netifs'
 addresses, else a gateway.
@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataplane.jit import shared
 from dataplane.shm import layout as L
 from dataplane.shm.atomics import ld64
-from dataplane.wire import ipv4, ipv6
+from dataplane.wire import ethernet, ipv4, ipv6
 
 __all__ = [
-    "can_transmit", "is_broadcast", "is_group", "is_on_link", "is_own", "is_ours", "next_hop", "route",
+    "can_answer", "can_transmit", "is_broadcast", "is_group", "is_on_link", "is_own", "is_ours", "next_hop", "route",
     "source_address",
 ]
 
@@ -201,3 +201,19 @@ def source_address(mem, nif, family, hi, lo):
     if best < 0:
         return 0, 0
     return ld64(mem, best + L.ADDRESS_HI), ld64(mem, best + L.ADDRESS_LO)
+
+
+@shared
+def can_answer(mem, nif, p):
+    """Whether the sender of packet `p` is one host that an answer can reach: not a group, a broadcast address, an
+    unspecified one or ourselves (RFC 1122 section 3.2.2, RFC 4443 section 2.4 e 6)."""
+    family = ld64(mem, p + L.P_FAMILY)
+    hi, lo = ld64(mem, p + L.P_SOURCE_HI), ld64(mem, p + L.P_SOURCE_LO)
+    tag = ld64(mem, p + L.P_VLAN)
+    if not can_transmit(mem, nif) or (tag >= 0 and tag & ethernet.VID_MASK != 0):
+        return False
+    if hi | lo == 0 or is_group(family, hi, lo) or is_own(mem, nif, family, hi, lo):
+        return False
+    if family == 4:
+        return not is_broadcast(mem, nif, lo) and not ipv4.is_loopback(lo)
+    return not ipv6.is_loopback(hi, lo)

@@ -15,7 +15,7 @@ from dataplane.shm.libc import write
 
 __all__ = [
     "CHECK", "COUNT", "FULL", "MATCHED", "NEVER", "STAGE", "count_reason", "merge", "offer", "publish", "record_word",
-    "stage", "tap_input",
+    "stage", "tap_input", "wake_waiter",
 ]
 
 CHECK, STAGE = 0, 1
@@ -34,21 +34,30 @@ def merge(a, b):
 
 
 @shared
-def _wake(mem, w, state):
-    """Wakes the socket's waiter if it sleeps. A bell's number comes from memory that the
-    consumer can write: only one that was given to the socket's owner is used."""
-    wake = ld64(mem, state + L.LS_WAKE)
+def wake_waiter(mem, w, wake, owner):
+    """Wakes whoever sleeps on the wake object, if somebody does. A bell's number comes from memory that the
+    consumer can write: only one that was given to the consumer `owner` is used. `w`: worker block, also the
+    continuation worker's."""
     if wake_notify(mem, wake) != L.WAKE_PIPE:
         return
     number = load_relaxed(mem, wake + L.WAKE_EVENT)     # hostile: read once, then checked
     if number < 0 or number >= L.EVENTS_MAX:
         return
     event = ld64(mem, w + L.W_EVENTS) + 16 * number
-    table = ld64(mem, w + L.W_TABLE)
-    pcb = ld64(mem, table + L.T_PCBS) + (state - ld64(mem, w + L.W_LANES)) // L.LS_BYTES * L.PCB_BYTES
-    if ld64(mem, event) >= 0 and ld64(mem, event + 8) == ld64(mem, pcb + L.PCB_OWNER):
+    if ld64(mem, event) >= 0 and ld64(mem, event + 8) == owner:
         st64(mem, w + L.W_SCRATCH + 240, 1)
         write(mem, ld64(mem, event), w + L.W_SCRATCH + 240, 8)
+
+
+@shared
+def _wake(mem, w, state):
+    """Wakes the socket's waiter if it sleeps. That of a TCP connection has its time later (tcp_service.py)."""
+    wake = ld64(mem, state + L.LS_WAKE)
+    if wake == 0:
+        return
+    table = ld64(mem, w + L.W_TABLE)
+    pcb = ld64(mem, table + L.T_PCBS) + (state - ld64(mem, w + L.W_LANES)) // L.LS_BYTES * L.PCB_BYTES
+    wake_waiter(mem, w, wake, ld64(mem, pcb + L.PCB_OWNER))
 
 
 @inlined

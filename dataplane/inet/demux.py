@@ -40,6 +40,10 @@ from dataplane.inet.icmp import icmp_input, icmp_unreachable
 from dataplane.inet.ip_input import IP_FRAGMENT, IP_PACKET, NO_NEXT, ip_input
 from dataplane.inet.neighbour import arp_input
 from dataplane.inet.rip_input import rip_input
+from dataplane.inet.tcp_input import TCP, tcp_deliver, tcp_input
+from dataplane.inet.tcp_listen import tcp_handshake
+from dataplane.inet.tcp_time_wait import tcp_time_wait
+from dataplane.inet.tcp_transmit import tcp_refuse
 from dataplane.inet.udp_deliver import UDP, family_bit, member, record_length, udp_deliver, udp_find
 from dataplane.inet.udp_input import udp_input
 from dataplane.jit import inlined, shared
@@ -50,13 +54,14 @@ from dataplane.shm.atomics import ctz, ld64, prefetch, prefetch_write, st64
 
 __all__ = ["input_burst", "input_one"]
 
-ICMP, IGMP, TCP, ICMP6 = 1, 2, 6, 58
+ICMP, IGMP, ICMP6 = 1, 2, 58
 
 BLOCKED = 0     # input_one: a ring is full and the netif waits for it; nothing was done
 TAKEN = 1
 
 SLOW = -1000    # verdict: one for input_one
 NOBODY = -1001  # verdict: the lookup found no socket
+SEGMENT = -1002  # verdict: an IP packet with TCP, parsed
 
 
 # -- one frame, any kind -------------------------------------------------------------------
@@ -85,22 +90,52 @@ def _parse(mem, w, nif, p):
 
 @shared
 def _sockets(mem, w, p, verdict, mode):
-    """Visits all sockets of a packet: raw, then UDP unless the datagram is bad. A result."""
+    """Visits all sockets of a packet: raw, then, unless `verdict` says that it is bad, UDP's or the TCP
+    connection. A result."""
     result = rip_input(mem, w, p, mode)
-    if ld64(mem, p + L.P_PROTO) == UDP and verdict == 0:
-        result = merge(result, udp_deliver(mem, w, p, mode))
+    if verdict == 0:
+        if ld64(mem, p + L.P_PROTO) == UDP:
+            result = merge(result, udp_deliver(mem, w, p, mode))
+        else:
+            result = merge(result, tcp_deliver(mem, w, p, mode))
     return result
 
 
 @shared
-def _stack(mem, w, nif, p, udp, result):
-    """What the stack itself does with a packet on an endpoint; -reason in case no socket took it.
-    `udp`: the verdict on a datagram; `result`: what the sockets did."""
+def _transport(mem, w, nif, p):
+    """The verdict on a packet: 0 for a sound datagram or segment, else -reason."""
+    proto = ld64(mem, p + L.P_PROTO)
+    if proto == UDP:
+        return udp_input(mem, p)
+    return tcp_input(mem, w, nif, p) if proto == TCP else -ledger.NO_SOCKET
+
+
+@shared
+def _tcp_stack(mem, w, nif, p):
+    """A segment that is no connection's: -reason, or the result of the connection that it completed."""
+    number = ld64(mem, p + L.P_VERDICT)
+    if number < 0:
+        tcp_refuse(mem, w, nif, p)
+        return -ledger.NO_SOCKET
+    kind = ld64(mem, ld64(mem, ld64(mem, w + L.W_TABLE) + L.T_PCBS) + number * L.PCB_BYTES + L.PCB_KIND)
+    if kind == L.PK_LISTEN:
+        return tcp_handshake(mem, w, nif, p, number)
+    if kind == L.PK_TIME_WAIT:
+        return tcp_time_wait(mem, w, nif, p, number)
+    return -ledger.NO_SOCKET
+
+
+@shared
+def _stack(mem, w, nif, p, verdict, result):
+    """What the stack itself does with a packet on an endpoint; -reason in case no socket took it, or what the
+    connection did that it opened. `verdict`: as of _transport; `result`: what the sockets did."""
     proto = ld64(mem, p + L.P_PROTO)
     passive = ld64(mem, nif + L.N_FLAGS) & L.NF_PASSIVE
-    if proto == UDP:
-        if udp < 0:
-            return udp
+    if proto == UDP or proto == TCP:
+        if verdict < 0:
+            return verdict
+        if proto == TCP:
+            return _tcp_stack(mem, w, nif, p)
         if result & MATCHED == 0 and not passive:
             icmp_unreachable(mem, w, nif, p, 0)
         return -ledger.NO_SOCKET
@@ -113,7 +148,7 @@ def _stack(mem, w, nif, p, udp, result):
         return -ledger.MULTICAST_CONTROL
     # Nothing follows a header that says so: no protocol is missing (RFC 8200 section 4.7).
     nothing = proto == NO_NEXT and family == 6
-    if proto != TCP and not nothing and result & MATCHED == 0:
+    if not nothing and result & MATCHED == 0:
         icmp_unreachable(mem, w, nif, p, 1)
     return -ledger.NO_SOCKET
 
@@ -158,16 +193,16 @@ def _patient(mem, w, nif, p):
     if tapped & FULL:
         return BLOCKED
     parsed = _parse(mem, w, nif, p)
-    udp = -ledger.NO_SOCKET
+    verdict = -ledger.NO_SOCKET
     if parsed == IP_PACKET:
-        udp = udp_input(mem, p) if ld64(mem, p + L.P_PROTO) == UDP else -ledger.NO_SOCKET
-        if _sockets(mem, w, p, udp, CHECK) & FULL:
+        verdict = _transport(mem, w, nif, p)
+        if _sockets(mem, w, p, verdict, CHECK) & FULL:
             if ld64(mem, p + L.P_FLAGS) & L.PF_REASSEMBLED:
                 fragment_restore(mem, w, p)
             return BLOCKED
     if tapped & COUNT != 0:
         _tap_again(mem, w, nif, p, frame, length, wire)
-    return _finish(mem, w, nif, p, parsed, udp)
+    return _finish(mem, w, nif, p, parsed, verdict)
 
 
 @shared
@@ -187,13 +222,17 @@ def _tap_again(mem, w, nif, p, frame, length, wire):
 
 
 @shared
-def _finish(mem, w, nif, p, parsed, udp):
+def _finish(mem, w, nif, p, parsed, verdict):
     """The last part of a frame's way, when nothing holds it up any more."""
     if parsed == FRAGMENT_HELD:
         return TAKEN
     if parsed == IP_PACKET:
-        result = _sockets(mem, w, p, udp, STAGE)
-        _settle(mem, w, nif, p, result, _stack(mem, w, nif, p, udp, result))
+        result = _sockets(mem, w, p, verdict, STAGE)
+        reason = _stack(mem, w, nif, p, verdict, result)
+        if reason >= 0:
+            result = merge(result, reason)
+            reason = -ledger.NO_SOCKET
+        _settle(mem, w, nif, p, result, reason)
     else:
         if parsed == -ledger.ARP and not ld64(mem, nif + L.N_FLAGS) & L.NF_PASSIVE:
             parsed = arp_input(mem, w, nif, p)
@@ -212,10 +251,8 @@ def input_one(mem, w, nif, p):
         return _patient(mem, w, nif, p)
     _tap(mem, w, p, STAGE)
     parsed = _parse(mem, w, nif, p)
-    udp = -ledger.NO_SOCKET
-    if parsed == IP_PACKET and ld64(mem, p + L.P_PROTO) == UDP:
-        udp = udp_input(mem, p)
-    return _finish(mem, w, nif, p, parsed, udp)
+    verdict = _transport(mem, w, nif, p) if parsed == IP_PACKET else -ledger.NO_SOCKET
+    return _finish(mem, w, nif, p, parsed, verdict)
 
 
 # -- a burst of the common case ------------------------------------------------------------
@@ -267,7 +304,7 @@ def _classify(mem, table, nif, p):
     parsed = ip_input(mem, nif, p)
     if parsed == IP_PACKET:
         if ld64(mem, p + L.P_PROTO) != UDP or ld64(mem, p + L.P_FLAGS) & L.PF_MULTICAST:
-            return SLOW
+            return SEGMENT if ld64(mem, p + L.P_PROTO) == TCP else SLOW
         parsed = udp_input(mem, p)
         return parsed if parsed < 0 else _first_lookup(mem, table, p)
     if parsed == IP_FRAGMENT or parsed == -ledger.ARP:
@@ -313,7 +350,10 @@ def _conclude(mem, w, nif, p):
     verdict = ld64(mem, p + L.P_VERDICT)
     if verdict >= 0:
         return _deliver(mem, w, nif, p, verdict)
-    if verdict == SLOW or (verdict == NOBODY and not ld64(mem, nif + L.N_FLAGS) & L.NF_PASSIVE):
+    if verdict == SEGMENT and not ld64(mem, nif + L.N_FLAGS) & L.NF_BACKPRESSURE:
+        st64(mem, p + L.P_FRAMES, 1)
+        return _finish(mem, w, nif, p, IP_PACKET, _transport(mem, w, nif, p))
+    if verdict == SLOW or verdict == SEGMENT or (verdict == NOBODY and not ld64(mem, nif + L.N_FLAGS) & L.NF_PASSIVE):
         return input_one(mem, w, nif, p)
     count_reason(mem, nif, ledger.NO_SOCKET if verdict == NOBODY else -verdict, 1)
     return TAKEN

@@ -11,14 +11,16 @@ none: our addresses are those of the untagged network.
 from __future__ import annotations
 
 from dataplane import ledger
-from dataplane.inet.addresses import can_transmit, is_broadcast, is_group, is_own, source_address
+from dataplane.inet.addresses import can_answer, source_address
 from dataplane.inet.discovery import frame_source, nd_input
 from dataplane.inet.output import put_header4, put_header6
 from dataplane.inet.packets import packet_room, packet_send
+from dataplane.inet.rate import take_token
+from dataplane.inet.tcp_icmp import tcp_icmp
 from dataplane.jit import shared
 from dataplane.shm import layout as L
-from dataplane.shm.atomics import copy, ld8, ld64, st64
-from dataplane.wire import ethernet, icmp, ipv4, ipv6
+from dataplane.shm.atomics import copy, ld8, ld64
+from dataplane.wire import icmp, ipv4, ipv6
 from dataplane.wire.checksum import finish, ones_sum
 
 __all__ = ["PORT", "PROTOCOL", "icmp_input", "icmp_unreachable"]
@@ -26,7 +28,6 @@ __all__ = ["PORT", "PROTOCOL", "icmp_input", "icmp_unreachable"]
 PORT, PROTOCOL = 0, 1       # what was unreachable
 _QUOTE4 = 576               # an ICMP error is no longer (RFC 1812 section 4.3.2.3)
 _QUOTE6 = ipv6.MTU_MIN      # nor an ICMPv6 error (RFC 4443 section 2.4 c)
-_SECOND_NS = 1_000_000_000
 _CHAIN_MAX = 16
 
 
@@ -45,22 +46,6 @@ def _is_intact(mem, p, size):
     if ld64(mem, p + L.P_FAMILY) == 6:
         total += ipv6.pseudo(mem, ld64(mem, p + L.P_L3), icmp.PROTOCOL6, size)
     return finish(total) == 0
-
-
-@shared
-def _may_answer(mem, nif, p):
-    """Whether the sender is one host that an answer can reach: not a group, a broadcast address, an
-    unspecified one or ourselves (RFC 1122 section 3.2.2, RFC 4443 section 2.4 e 6)."""
-    family = ld64(mem, p + L.P_FAMILY)
-    hi, lo = ld64(mem, p + L.P_SOURCE_HI), ld64(mem, p + L.P_SOURCE_LO)
-    tag = ld64(mem, p + L.P_VLAN)
-    if not can_transmit(mem, nif) or (tag >= 0 and tag & ethernet.VID_MASK != 0):
-        return False
-    if hi | lo == 0 or is_group(family, hi, lo) or is_own(mem, nif, family, hi, lo):
-        return False
-    if family == 4:
-        return not is_broadcast(mem, nif, lo) and not ipv4.is_loopback(lo)
-    return not ipv6.is_loopback(hi, lo)
 
 
 @shared
@@ -97,7 +82,7 @@ def _echo(mem, w, nif, p, size):
     IPv4 group or broadcast address is not answered; one to an IPv6 group is."""
     family = ld64(mem, p + L.P_FAMILY)
     group = ld64(mem, p + L.P_FLAGS) & (L.PF_MULTICAST | L.PF_LINK_MULTICAST) != 0
-    if (family == 4 and group) or not _may_answer(mem, nif, p):
+    if (family == 4 and group) or not can_answer(mem, nif, p):
         return -ledger.ICMP
     request = ld64(mem, p + L.P_L4)
     at = _room_for_answer(mem, w, nif, p, size)
@@ -111,45 +96,30 @@ def _echo(mem, w, nif, p, size):
 
 @shared
 def icmp_input(mem, w, nif, p):
-    """Takes the ICMP message at P_L4. Returns -reason. Errors that we are told are counted only."""
+    """Takes the ICMP message at P_L4. Returns -reason. Errors that we are told go to the TCP connection that
+    they are about, and are only counted otherwise."""
     size = _size(mem, p)
     if size < icmp.BYTES or not _is_intact(mem, p, size):
         return -ledger.BAD_ICMP
     message = icmp.kind(mem, ld64(mem, p + L.P_L4))
     if ld64(mem, p + L.P_FAMILY) == 4:
-        return _echo(mem, w, nif, p, size) if message == icmp.ECHO else -ledger.ICMP
+        if message == icmp.ECHO:
+            return _echo(mem, w, nif, p, size)
+        if message == icmp.UNREACHABLE:
+            tcp_icmp(mem, w, p)
+        return -ledger.ICMP
     if message == icmp.ECHO6:
         return _echo(mem, w, nif, p, size)
     if icmp.ROUTER_SOLICITATION <= message <= icmp.REDIRECT:
         return nd_input(mem, w, nif, p)
     if message in (icmp.MLD_QUERY, icmp.MLD_REPORT, icmp.MLD_DONE, icmp.MLD2_REPORT):
         return -ledger.MULTICAST_CONTROL
+    if message in (icmp.UNREACHABLE6, icmp.TOO_BIG6, icmp.PARAMETER6):
+        tcp_icmp(mem, w, p)
     return -ledger.ICMP
 
 
 # -- errors ------------------------------------------------------------------------------------
-
-
-@shared
-def _take_token(mem, w):
-    """Whether one more error may be sent: a bucket of one second's worth (RFC 1812 section 4.3.2.8,
-    RFC 4443 section 2.4 f)."""
-    rate = ld64(mem, w + L.W_ICMP_RATE)
-    tokens, now = ld64(mem, w + L.W_ICMP_TOKENS), ld64(mem, w + L.W_MONOTONIC)
-    elapsed = now - ld64(mem, w + L.W_ICMP_TIME)
-    if rate <= 0:
-        return False
-    if elapsed >= _SECOND_NS or elapsed < 0:
-        tokens = rate
-        st64(mem, w + L.W_ICMP_TIME, now)
-    else:
-        gained = elapsed * rate // _SECOND_NS
-        tokens = min(tokens + gained, rate)
-        # Only the time that the gained tokens took is over: the rest counts towards the next.
-        spent = (gained * _SECOND_NS + rate - 1) // rate
-        st64(mem, w + L.W_ICMP_TIME, ld64(mem, w + L.W_ICMP_TIME) + spent)
-    st64(mem, w + L.W_ICMP_TOKENS, max(tokens - 1, 0))
-    return tokens > 0
 
 
 @shared
@@ -158,7 +128,7 @@ def _deserves_error(mem, nif, p):
     got, about a fragment that is not the first."""
     if ld64(mem, p + L.P_FLAGS) & (L.PF_MULTICAST | L.PF_LINK_MULTICAST | L.PF_OTHERHOST):
         return False
-    if not _may_answer(mem, nif, p):
+    if not can_answer(mem, nif, p):
         return False
     l3, l4, proto = ld64(mem, p + L.P_L3), ld64(mem, p + L.P_L4), ld64(mem, p + L.P_PROTO)
     if ld64(mem, p + L.P_FAMILY) == 4:
@@ -186,7 +156,7 @@ def _named_at(mem, p):
 def icmp_unreachable(mem, w, nif, p, kind):
     """Tells the sender of `p` that nobody has its port (`kind` PORT) or protocol (PROTOCOL), quoting as
     much of the packet as fits. 1 if an error was sent or waits for its neighbour."""
-    if not _deserves_error(mem, nif, p) or not _take_token(mem, w):
+    if not _deserves_error(mem, nif, p) or not take_token(mem, w, L.W_ICMP_TOKENS, L.W_ICMP_TIME, L.W_ICMP_RATE):
         return 0
     quoted = ld64(mem, p + L.P_L3_LENGTH)
     if ld64(mem, p + L.P_FAMILY) == 4:

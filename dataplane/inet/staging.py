@@ -15,7 +15,7 @@ from dataplane.shm import layout as L
 from dataplane.shm.atomics import call3, ld64, st64
 from dataplane.wire import ethernet
 
-__all__ = ["BUILD_AT", "BUILD_BYTES", "LINK_ROOM", "tx_commit", "tx_flush", "tx_reserve"]
+__all__ = ["BUILD_AT", "BUILD_BYTES", "LINK_ROOM", "tx_commit", "tx_flush", "tx_offload", "tx_reserve"]
 
 LINK_ROOM = 16          # before each packet: an Ethernet header, and the packet stays aligned
 BUILD_BYTES = 67584     # the largest IPv6 packet, 65,575, and its link room
@@ -78,3 +78,14 @@ def tx_commit(mem, w, nif, at, size, mac, kind):
     st64(mem, w + L.W_TX_COUNT, count + 1)
     used = at + size - ld64(mem, w + L.W_TX_BUFFER)
     st64(mem, w + L.W_TX_USED, (used + 15) & ~15)
+
+
+@shared
+def tx_offload(mem, w, family, l4, segment):
+    """Leaves the checksum of the TCP header at `l4`, in the frame that was committed last, to the netif, which must
+    have NF_TX_CHECKSUM; and, unless `segment` is 0, its cutting into so many bytes of data each (NF_TX_SEGMENT)."""
+    p = ld64(mem, w + L.W_TX_BURST) + (ld64(mem, w + L.W_TX_COUNT) - 1) * L.P_BYTES
+    st64(mem, p + L.P_FLAGS, L.PF_CHECKSUM_PARTIAL)
+    st64(mem, p + L.P_FAMILY, family)
+    st64(mem, p + L.P_L4, l4)
+    st64(mem, p + L.P_SEGMENT, segment)

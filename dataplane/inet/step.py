@@ -16,6 +16,8 @@ from dataplane.inet.demux import input_burst
 from dataplane.inet.fragments import fragment_expire, fragment_flush
 from dataplane.inet.neighbour import tx_retry
 from dataplane.inet.output import tx_flush
+from dataplane.inet.tcp_listen import syn_sleep, syn_timers
+from dataplane.inet.tcp_service import tcp_burst
 from dataplane.inet.transmit import transmit
 from dataplane.jit import inlined, kernel
 from dataplane.rings.lane import lane_recover
@@ -75,6 +77,8 @@ def _receive(mem, w, nif):
         st64(mem, w + L.W_BLOCKED, 1)
     call2(ld64(mem, nif + L.N_DONE), mem, nif, taken)
     publish(mem, w, nif)
+    if ld64(mem, w + L.W_TCP_COUNT) != 0:
+        tcp_burst(mem, w)
     return taken
 
 
@@ -82,13 +86,14 @@ def _receive(mem, w, nif):
 def _timers(mem, w):
     fragment_expire(mem, w, ld64(mem, w + L.W_MONOTONIC))
     tx_retry(mem, w)
+    syn_timers(mem, w)
 
 
 @kernel("i64(mem, i64, i64)")
 def step(mem, w, budget):
     """Up to `budget` rounds over all queues; returns the frames handled, received and transmitted.
 
-    Ends early when a round found nothing, or when the supervisor has left a message.
+    Ends early when a round found nothing, or when there is something to read or to say to the supervisor.
     """
     total = 0
     for _ in range(budget):
@@ -104,7 +109,7 @@ def step(mem, w, budget):
         tx_flush(mem, w)
         quiescent(mem, w)
         total += handled
-        if handled == 0 or load_relaxed(mem, w + L.W_MAILBOX) != 0:
+        if handled == 0 or load_relaxed(mem, w + L.W_MAILBOX) != 0 or ld64(mem, w + L.W_WANT) != 0:
             break
     st64(mem, w + L.W_STEPS, ld64(mem, w + L.W_STEPS) + 1)
     return total
@@ -147,7 +152,7 @@ def _wait(mem, w):
             wait = _sooner(wait, TIMER_NS)
     if ld64(mem, ld64(mem, w + L.W_PENDING)) != 0:
         wait = _sooner(wait, TIMER_NS)
-    return wait
+    return _sooner(wait, syn_sleep(mem, w))
 
 
 @inlined
@@ -216,7 +221,7 @@ def finish(mem, w):
     """The last thing that a worker does: what is staged is published, what is still in reassembly
     is counted as unfinished."""
     if ld64(mem, w + L.W_DIRTY_COUNT) != 0:
-        publish_lanes(mem, w, 0)
+        publish_lanes(mem, w, ld64(mem, w + L.W_NIF) + L.N_LEDGER)
     fragment_flush(mem, w)
     tx_flush(mem, w)
     return 0

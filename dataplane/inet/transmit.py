@@ -8,6 +8,7 @@ and checked, and what cannot be costs the consumer its queue, nothing else.
 from __future__ import annotations
 
 from dataplane.inet.output import tx_flush, udp_output
+from dataplane.inet.tcp_transmit import tcp_transmit
 from dataplane.jit import inlined, kernel, shared
 from dataplane.rings.lane import record_bytes
 from dataplane.shm import layout as L
@@ -15,7 +16,10 @@ from dataplane.shm.atomics import ld64, load_acquire, load_relaxed, shr, st64, s
 
 assert L.TX_GENERATION == L.TX_PCB + 4 and L.TX_PCB % 8 == 0    # one load gives both
 
-__all__ = ["add_consumer", "remove_consumer", "transmit"]
+__all__ = ["KCONT", "add_consumer", "remove_consumer", "transmit"]
+
+KCONT = 0
+"""The continuation worker's number as a consumer: it sends for every connection."""
 
 SWEEP = 64
 """Records, padding among them, taken from one consumer before the next one's turn."""
@@ -23,7 +27,8 @@ SWEEP = 64
 
 @shared
 def _send(mem, w, body, length, consumer):
-    """One record: 0, or not if it cannot be sent. Its socket must be this consumer's and open."""
+    """One record: 0, or not if it cannot be sent. Its socket must be open, and this consumer's, or a connection
+    if it comes from the continuation worker."""
     if length < L.TX_PAYLOAD:
         return -1
     table = ld64(mem, w + L.W_TABLE)
@@ -32,9 +37,13 @@ def _send(mem, w, body, length, consumer):
     if number >= ld64(mem, table + L.T_SOCKETS):
         return -1
     pcb = ld64(mem, table + L.T_PCBS) + number * L.PCB_BYTES
-    if (ld64(mem, pcb + L.PCB_STATE) != L.PCB_OPEN or ld64(mem, pcb + L.PCB_OWNER) != consumer
-            or ld64(mem, pcb + L.PCB_GENERATION) != shr(word, 32)):
+    if ld64(mem, pcb + L.PCB_STATE) != L.PCB_OPEN or ld64(mem, pcb + L.PCB_GENERATION) != shr(word, 32):
         return -1
+    connection = ld64(mem, pcb + L.PCB_KIND) == L.PK_CONNECTION
+    if ld64(mem, pcb + L.PCB_OWNER) != consumer and not (connection and consumer == KCONT):
+        return -1
+    if connection:
+        return tcp_transmit(mem, w, body, length, pcb)
     return udp_output(mem, w, body, length, pcb)
 
 

@@ -197,7 +197,7 @@ def test_both_directions_are_one_flow_on_a_passive_netif() -> None:
     (IPv6(src="fd00::2", dst="fd00::1") / ICMPv6EchoRequest(), "icmp_echo", 1),
     (IP(src="10.0.0.2", dst="10.0.0.1") / ICMP(type=3, code=3) / udp(), "icmp", 0),
     (IP(src="10.0.0.2", dst="10.0.0.1") / ICMP(chksum=1), "bad_icmp", 0),
-    (IP(src="10.0.0.2", dst="10.0.0.1") / TCP(), "no_socket", 0),
+    (IP(src="10.0.0.2", dst="10.0.0.1") / TCP(), "no_socket", 1),
     (IP(src="10.0.0.2", dst="10.0.0.1", proto=99) / Raw(bytes(8)), "no_socket", 1),
     (IP(src="10.0.0.2", dst="224.0.0.1", proto=2) / Raw(bytes(8)), "multicast_control", 0),
     (IPv6(src="fd00::2", dst="fd00::1", nh=99) / Raw(bytes(8)), "no_socket", 1),
