@@ -53,11 +53,15 @@ def run(
 
 
 @app.command()
-def ss(name: Name, as_json: AsJson = False) -> None:
+def ss(
+    name: Name,
+    as_json: AsJson = False,
+    tcp: Annotated[bool, typer.Option("--tcp", help="TCP connections only, with windows, times and losses.")] = False,
+) -> None:
     """Show a dataplane's sockets: owner, addresses, what is queued and what was dropped."""
     from dataplane import cli_observe
 
-    cli_observe.ss(name, as_json)
+    cli_observe.ss(name, as_json, tcp)
 
 
 @app.command()

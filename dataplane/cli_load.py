@@ -37,7 +37,7 @@ def check(path: Path) -> Config:
 def table_bytes(config: Config) -> int:
     """What a dataplane takes of /dev/shm at its start."""
     return Table.size(config.sockets.max, len(config.cores), len(config.netif), config.sockets.groups,
-                      config.inet.neighbours)
+                      config.inet.neighbours, config.tcp.time_wait_max)
 
 
 def too_large(path: Path, config: Config, error: SegmentSpaceError) -> ConfigError:

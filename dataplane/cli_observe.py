@@ -15,7 +15,7 @@ import msgspec
 from rich.console import Console
 from rich.live import Live
 
-from dataplane.cli_tables import ledger_view, sockets_view, width_for_pipes
+from dataplane.cli_tables import connections_view, ledger_view, sockets_view, width_for_pipes
 from dataplane.control.messages import Ledger, SocketInfo, SocketList, Sockets, Stats
 from dataplane.control.wire import Connection
 from dataplane.errors import Stopped
@@ -23,14 +23,17 @@ from dataplane.errors import Stopped
 INTERVAL = 1.0      # seconds between two looks of `stat --watch`
 
 
-def ss(name: str, as_json: bool) -> None:
-    """Print the open sockets."""
+def ss(name: str, as_json: bool, tcp: bool) -> None:
+    """Print the open sockets; `tcp`: the TCP connections, with what their control blocks say."""
     with Connection.open(name) as connection:
         found = list(sockets(connection))
+    if tcp:
+        found = [one for one in found if one.connection is not None]
     if as_json:
         print(json.dumps(msgspec.to_builtins(found), indent=2))
     else:
-        Console(width=width_for_pipes(sys.stdout)).print(sockets_view(found))
+        view = connections_view(found) if tcp else sockets_view(found)
+        Console(width=width_for_pipes(sys.stdout)).print(view)
 
 
 def sockets(connection: Connection) -> Iterator[SocketInfo]:

@@ -19,6 +19,8 @@ from rich.text import Text
 
 from dataplane.control.messages import SocketInfo
 
+UNLIMITED = 1 << 40     # an ssthresh like this has never been lowered
+
 
 def ledger_view(ledger: dict[str, Any], before: dict[str, Any] | None = None) -> RenderableType:
     """Totals and, if an earlier ledger is given, the rates since then: per queue, and per reason."""
@@ -67,12 +69,32 @@ def sockets_view(sockets: list[SocketInfo]) -> RenderableType:
     table = FittedTable(
         "kind", "state", "local", "remote", ">queued", ">bytes", ">published", ">dropped",
         "owner", ">pid", ">consumer", "options",
-        spare=("consumer", "bytes", "state", "owner", "published", "options", "pid", "remote"))
+        spare=("consumer", "bytes", "owner", "published", "options", "pid", "state", "remote"))
     for one in sockets:
         remote = endpoint(*one.remote) if one.remote else "*"
+        options = ["reuseport"] if one.reuseport else []
+        options += [f"backlog {one.backlog}"] if one.backlog else []
         counts = (one.queued, one.queued_bytes, one.published, one.dropped)
         table.add_row(kind_of(one), one.state, endpoint(*one.local), remote, *map(_count, counts),
-                      _user(one.uid), str(one.pid), str(one.consumer), "reuseport" if one.reuseport else "")
+                      _user(one.uid), str(one.pid), str(one.consumer), " ".join(options))
+    return table
+
+
+def connections_view(sockets: list[SocketInfo]) -> RenderableType:
+    """One line per TCP connection, with what its control block says. Times in ms, the rest in bytes."""
+    table = FittedTable(
+        "state", "local", "remote", ">sendq", ">recvq", ">rcv_nxt", ">snd_una", ">snd_nxt", ">cwnd", ">ssthresh",
+        ">srtt", ">rto", ">retrans", ">pid",
+        spare=("pid", "ssthresh", "rcv_nxt", "rto", "snd_una", "snd_nxt", "local", "retrans"))
+    for one in sockets:
+        tcb = one.connection
+        if tcb is None:
+            continue
+        counts = (tcb.send_queue, tcb.receive_queue, tcb.rcv_nxt, tcb.snd_una, tcb.snd_nxt, tcb.cwnd)
+        ssthresh = _count(tcb.ssthresh) if tcb.ssthresh < UNLIMITED else "-"
+        table.add_row(one.state, endpoint(*one.local), endpoint(*one.remote) if one.remote else "*",
+                      *map(_count, counts), ssthresh, f"{tcb.srtt:.1f}", f"{tcb.rto:.0f}", _count(tcb.retransmits),
+                      str(one.pid))
     return table
 
 

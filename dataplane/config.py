@@ -40,6 +40,7 @@ __all__ = [
     "Rule",
     "RxSettings",
     "SocketsSettings",
+    "TcpSettings",
     "available_cores",
     "load",
     "parse",
@@ -224,6 +225,75 @@ class InetSettings(Table, frozen=True, kw_only=True):
     ] = 1024
 
 
+_BUFFER = {"unit": "bytes", "power_of_two": True}
+
+
+class TcpSettings(Table, frozen=True, kw_only=True):
+    """TCP connections. Each takes its two buffers, and one lane of its queue per RX worker as large as the receive
+    buffer, of its consumer's memory; a listener or a connection may ask for other sizes."""
+
+    send_bytes: Annotated[
+        int,
+        Meta(
+            ge=4096,
+            le=2**30,
+            description="Size of a connection's send buffer: what is written and not yet acknowledged.",
+            extra=_BUFFER,
+        ),
+    ] = 262144
+    receive_bytes: Annotated[
+        int,
+        Meta(
+            ge=4096,
+            le=2**30,
+            description="Size of a connection's receive buffer, and with it the largest window that the peer "
+            "is offered.",
+            extra=_BUFFER,
+        ),
+    ] = 262144
+    time_wait: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=600,
+            description="How long a connection that we closed first is remembered, so that its late segments "
+            "are answered and its addresses and ports not used again (TIME_WAIT, twice the maximum segment "
+            "lifetime).",
+            extra={"unit": "s"},
+        ),
+    ] = 60.0
+    time_wait_max: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=2**20,
+            description="Connections that are remembered so at the same time; they take no memory of their "
+            "consumers. When one more ends, it is forgotten at once.",
+            extra={"unit": "connections"},
+        ),
+    ] = 16384
+    syn_cache: Annotated[
+        int,
+        Meta(
+            ge=16,
+            le=2**20,
+            description="Connection attempts that one RX worker remembers at the same time. Beyond that it "
+            "answers with SYN cookies, which need no memory.",
+            extra={"unit": "entries", "power_of_two": True},
+        ),
+    ] = 4096
+    rst_rate: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1_000_000,
+            description="Resets that one RX worker sends at most in a second, in answer to segments that "
+            "belong to no connection; 0: none.",
+            extra={"unit": "resets/s"},
+        ),
+    ] = 1000
+
+
 class NetifSettings(Table, frozen=True, kw_only=True, tag_field="kind"):
     """Base of every kind's settings: subclass with `tag=KIND` and describe each field.
 
@@ -250,6 +320,7 @@ class Config(Table, frozen=True, kw_only=True):
     rx: RxSettings = RxSettings()
     sockets: SocketsSettings = SocketsSettings()
     inet: InetSettings = InetSettings()
+    tcp: TcpSettings = TcpSettings()
     netif: Annotated[
         tuple[NetifSettings, ...],
         Meta(extra={"expected": "at least one [[netif]] table"}),

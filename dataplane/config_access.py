@@ -21,14 +21,15 @@ from dataplane.config_schema import Table
 class Rule(msgspec.Struct, frozen=True):
     """One permission: `low` to `high` are ports or raw sockets' protocol numbers; `address` None is any."""
 
-    proto: Literal["udp", "tcp", "raw", "tap", "*"]
+    proto: Literal["udp", "tcp", "connect", "raw", "tap", "*"]
     address: str | None = None
     low: int = 0
     high: int = 65535
 
     @classmethod
     def parse(cls, text: str) -> Rule:
-        """Read `udp:5000-6000`, `udp:10.0.0.1:53`, `udp:[fd77::1]:53`, `tcp:*`, `raw:1`, `tap` or `*`."""
+        """Read `udp:5000-6000`, `udp:10.0.0.1:53`, `udp:[fd77::1]:53`, `tcp:*`, `connect:80`, `raw:1`, `tap` or
+        `*`."""
         if text == "*":
             return cls("*")
         if text == "tap":
@@ -72,7 +73,7 @@ class Rule(msgspec.Struct, frozen=True):
 
 
 _RULE = re.compile(
-    r"(?P<proto>udp|tcp|raw):"
+    r"(?P<proto>udp|tcp|connect|raw):"
     r"(?:(?:(?P<four>[0-9.]{7,15})|\[(?P<six>[0-9A-Fa-f:.]+)\]):)?"
     r"(?:(?P<any>\*)|(?P<low>[0-9]{1,5})(?:-(?P<high>[0-9]{1,5}))?)"
 )
@@ -103,7 +104,7 @@ _RuleText = Annotated[
     Meta(
         extra={
             "expected": 'a rule such as "udp:5000-6000", "tcp:10.0.0.1:80", "udp:[fd77::1]:53", "udp:*", '
-            '"raw:1", "raw:*", "tap" or "*"',
+            '"connect:443", "raw:1", "raw:*", "tap" or "*"',
             "parse": Rule.parse,
         }
     ),
@@ -132,9 +133,11 @@ class AccessSettings(Table, frozen=True, kw_only=True):
     allow: Annotated[
         tuple[_RuleText, ...],
         Meta(
-            description="What is permitted. `udp:` and `tcp:` are followed by a port, a range of ports, or "
-            "`*` for all, and may name the one local address that may be bound; `raw:` by an IP protocol's "
-            "number (1 to 255), a range, or `*`; `tap` is a copy of every frame; `*` is everything."
+            description="What is permitted. `udp:` (sockets) and `tcp:` (listeners) are followed by a port, a "
+            "range of ports, or `*` for all, and may name the one local address that may be bound; `connect:` "
+            "(opening a TCP connection) by the remote port, a range, or `*`, and may name the one remote "
+            "address; `raw:` by an IP protocol's number (1 to 255), a range, or `*`; `tap` is a copy of every "
+            "frame; `*` is everything."
         ),
     ]
 

@@ -35,6 +35,7 @@ from dataplane.config import (
     Rule,
     RxSettings,
     SocketsSettings,
+    TcpSettings,
     load,
     parse,
     parse_interface,
@@ -111,6 +112,9 @@ def test_the_defaults() -> None:
     assert (config.sockets.tx_ring_bytes, config.sockets.groups) == (262144, 1024)
     assert (config.inet.fragments, config.inet.fragment_timeout) == (64, 30.0)
     assert (config.inet.icmp_rate, config.inet.neighbours) == (1000, 1024)
+    assert (config.tcp.send_bytes, config.tcp.receive_bytes) == (262144, 262144)
+    assert (config.tcp.time_wait, config.tcp.time_wait_max) == (60.0, 16384)
+    assert (config.tcp.syn_cache, config.tcp.rst_rate) == (4096, 1000)
     assert config.netif == (Synthetic(),) and config.access == ()
 
 
@@ -223,6 +227,13 @@ BAD: dict[str, tuple[str, int, str, object, str]] = {
     ),
     "no sockets": (HEAD + "sockets.max = 0\n" + LAST, 2, "sockets.max", 0, "an integer from 1 to 2097152"),
     "too many sockets": (HEAD + "sockets.max = 2097153\n" + LAST, 2, "sockets.max", 2097153, "to 2097152"),
+    "buffer not a power of two": (
+        HEAD + "tcp.send_bytes = 5000\n" + LAST, 2, "tcp.send_bytes", 5000, "a power of two from 4096 to 1073741824",
+    ),
+    "buffer too small": (
+        HEAD + "tcp.receive_bytes = 2048\n" + LAST, 2, "tcp.receive_bytes", 2048, "a power of two from 4096",
+    ),
+    "time_wait zero": (HEAD + "tcp.time_wait = 0\n" + LAST, 2, "tcp.time_wait", 0, "above 0"),
     "timeout zero": (HEAD + "inet.fragment_timeout = 0\n" + LAST, 2, "inet.fragment_timeout", 0, "above 0"),
     "timeout nan": (
         HEAD + "inet.fragment_timeout = nan\n" + LAST, 2, "inet.fragment_timeout", ..., "above 0",
@@ -440,6 +451,8 @@ def test_round_trip(name: str, cores: list[int], ring: int, size: int | str, bac
         ("tcp:8080", Rule("tcp", None, 8080, 8080)),
         ("udp:10.0.0.1:53", Rule("udp", "10.0.0.1", 53, 53)),
         ("udp:[fd77:0::1]:53", Rule("udp", "fd77::1", 53, 53)),
+        ("connect:443", Rule("connect", None, 443, 443)),
+        ("connect:[fd77::1]:1-1023", Rule("connect", "fd77::1", 1, 1023)),
         ("tcp:[::]:*", Rule("tcp", "::", 0, 65535)),
         ("udp:*", Rule("udp", None, 0, 65535)),
         ("raw:1", Rule("raw", None, 1, 1)),
@@ -657,7 +670,7 @@ def test_errors_are_one_line_and_survive_pickling() -> None:
 
 def test_every_field_is_described() -> None:
     kinds = netif.kinds()
-    tables = [Config, RxSettings, SocketsSettings, InetSettings, AccessSettings, *kinds.values()]
+    tables = [Config, RxSettings, SocketsSettings, InetSettings, TcpSettings, AccessSettings, *kinds.values()]
     for table in tables:
         assert table.__doc__, f"{table}: no docstring"
         for name, hint in schema.fields(table).items():

@@ -1,4 +1,6 @@
-"""The RX workers as the supervisor sees them: started, told, heard, and replaced when they die.
+"""The workers as the supervisor sees them: started, told, heard, and replaced when they die.
+
+`workers` are the RX workers; `continuation` is the one worker beside them, which the same rules hold for.
 
 A worker is forked, so that it inherits everything the supervisor has mapped, compiled and opened. Orders to
 it are queued without limit and without blocking; a `Ticket` tells when they have been carried out. A worker
@@ -28,10 +30,11 @@ Ticket = Callable[[], bool]
 
 
 class Worker:
-    """One RX worker's process and the conversation with it."""
+    """One worker's process and the conversation with it. `core`: -1 for the continuation worker, which has none."""
 
     def __init__(self, index: int, core: int) -> None:
         self.index, self.core = index, core
+        self.name = f"RX worker {index} (core {core})" if core >= 0 else "the continuation worker"
         self.doorbell, self.rope = new_bell()   # rung: something to transmit, or to look at
         self.pid = 0                        # 0: no process
         self.channel: socket.socket | None = None
@@ -47,7 +50,7 @@ class Worker:
 
 
 class Crew:
-    """All RX workers. `work(worker, channel)` is what a worker's process does; `died(worker)` is called for a
+    """All workers. `work(worker, channel)` is what a worker's process does; `died(worker)` is called for a
     dead one before it is replaced; `mail(worker)` tells a busy worker that an order waits."""
 
     def __init__(self, loop: Loop, cores: Sequence[int], work: Callable[[Worker, socket.socket], None],
@@ -55,23 +58,36 @@ class Crew:
         self._loop, self._work, self._died, self._mail = loop, work, died, mail
         self._deaths: deque[float] = deque(maxlen=STORM_DEATHS + 1)
         self._stopping = False
+        self.heard: Callable[[Worker, orders.Want | orders.Freed], None] = lambda worker, report: None
+        """Called for what workers report of connections' slots."""
         self.workers = [Worker(index, core) for index, core in enumerate(cores)]
+        self.continuation = Worker(len(self.workers), -1)
+
+    @property
+    def everyone(self) -> list[Worker]:
+        """The RX workers and the continuation worker."""
+        return [*self.workers, self.continuation]
+
+    @property
+    def ready(self) -> bool:
+        """Whether no worker is just starting."""
+        return all(worker.ready for worker in self.everyone)
 
     def start(self) -> None:
         """Fork all workers. `ready` and `ended` tell how far they are."""
-        for worker in self.workers:
+        for worker in self.everyone:
             self._fork(worker)
 
     def close_descriptors(self, mine: Worker) -> None:
         """In a worker: close the supervisor's ends of the others' channels, so that its death ends them."""
-        for worker in self.workers:
+        for worker in self.everyone:
             if worker.channel is not None and worker is not mine:
                 worker.channel.close()
 
     def kill(self) -> None:
         """Kill whoever is left, and wait until nobody is."""
         self._stopping = True
-        for worker in self.workers:
+        for worker in self.everyone:
             if worker.pid:
                 os.kill(worker.pid, signal.SIGKILL)
                 os.waitpid(worker.pid, 0)
@@ -81,7 +97,7 @@ class Crew:
     def close(self) -> None:
         """Kill whoever is left, and close the doorbells."""
         self.kill()
-        for worker in self.workers:
+        for worker in self.everyone:
             os.close(worker.doorbell)
             os.close(worker.rope)
 
@@ -90,7 +106,7 @@ class Crew:
     def order(self, order: orders.Order, descriptor: int = -1, worker: Worker | None = None) -> Ticket:
         """Tell all workers, or one. The descriptor must stay open until the ticket says True."""
         data = orders.encode(order)
-        told = self.workers if worker is None else [worker]
+        told = self.everyone if worker is None else [worker]
         awaited = []
         for one in told:
             one.ordered += 1
@@ -149,6 +165,8 @@ class Crew:
                     worker.obeyed = count
                 case orders.Ended():
                     worker.ended = True
+                case orders.Want() | orders.Freed() as report:
+                    self.heard(worker, report)
                 case orders.Failed(problem=problem):
                     worker.problem = problem
         return False
@@ -182,7 +200,7 @@ class Crew:
 
     def reap(self) -> None:
         """Look for workers that have died, and replace them. Called on SIGCHLD and on a channel's end."""
-        for worker in self.workers:
+        for worker in self.everyone:
             if not worker.pid:
                 continue
             pid, status = os.waitpid(worker.pid, os.WNOHANG)
@@ -200,11 +218,12 @@ class Crew:
         self._died(worker, reason)
         self._deaths.append(time.monotonic())
         if not worker.ready and not worker.restarts:
-            raise DataplaneError(f"RX worker {worker.index} (core {worker.core}) could not start: {reason}")
+            raise DataplaneError(f"{worker.name} could not start: {reason}")
         if len(self._deaths) > STORM_DEATHS and self._deaths[-1] - self._deaths[0] < STORM_SECONDS:
+            who = "RX workers" if worker.core >= 0 else "workers"
             raise DataplaneError(
-                f"RX workers keep dying: {len(self._deaths)} deaths in {STORM_SECONDS:.0f} s, the last "
-                f"one of worker {worker.index} (core {worker.core}): {reason}")
+                f"{who} keep dying: {len(self._deaths)} deaths in {STORM_SECONDS:.0f} s, the last "
+                f"one of {worker.name}: {reason}")
         worker.restarts += 1
         self._fork(worker)
 
@@ -212,7 +231,7 @@ class Crew:
         """Tell all to leave; the ticket says when all have."""
         self._stopping = True
         self.order(orders.Stop())
-        return lambda: all(not worker.pid for worker in self.workers)
+        return lambda: all(not worker.pid for worker in self.everyone)
 
 
 def _how(status: int) -> str:

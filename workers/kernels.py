@@ -14,17 +14,20 @@ from types import ModuleType
 from dataplane import ledger, netif
 from dataplane.client import drain, fields
 from dataplane.client import transmit as client_transmit
-from dataplane.inet import neighbour_table, step, transmit
+from dataplane.inet import fragment_table, neighbour_table, step, tcp_accept, tcp_continue, tcp_service, transmit
 from dataplane.jit import warm
-from dataplane.pcb import lookup, reuseport
+from dataplane.kcont import schedule
+from dataplane.pcb import lookup, reuseport, slots
 from dataplane.rings import pcq, wake
 from dataplane.shm import epoch
-from workers import duty, rx
+from dataplane.tcp import syncache
+from workers import continuation, duty, rx
 
 __all__ = ["warm_up"]
 
 WORKERS: tuple[ModuleType, ...] = (
-    epoch, lookup, reuseport, wake, ledger, neighbour_table, step, transmit, duty, rx)
+    epoch, lookup, reuseport, slots, pcq, wake, ledger, syncache, fragment_table, neighbour_table, step, transmit,
+    tcp_accept, tcp_service, tcp_continue, schedule, duty, rx, continuation)
 CONSUMERS: tuple[ModuleType, ...] = (drain, fields, client_transmit)
 _COLD = 1.0     # seconds; loading takes less
 
@@ -43,4 +46,4 @@ def warm_up(kinds: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    warm([*WORKERS, *CONSUMERS, pcq, *_netifs(netif.kinds())])
+    warm([*WORKERS, *CONSUMERS, *_netifs(netif.kinds())])

@@ -1,4 +1,4 @@
-"""What the supervisor and its RX workers say to each other, over one socket pair per worker.
+"""What the supervisor and its workers say to each other, over one socket pair per worker.
 
 Orders go down, one datagram each, with at most one descriptor beside it; a worker carries them out in order,
 between two steps, and reports how many it has done. Both ends are forked from the same process, so there is
@@ -10,6 +10,7 @@ from __future__ import annotations
 import msgspec
 
 MAX_ORDER = 4096
+FREED_MAX = 512         # numbers in one report: it stays under MAX_ORDER
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -59,11 +60,35 @@ class Forget(Message, frozen=True):
     number: int
 
 
+class Unlisten(Message, frozen=True):
+    """The listener with this PCB number is closed, and no RX worker's burst has found it since.
+
+    RX worker: move all of the slot queue into the lists, then forget this listener's (`pcb/slots.forget`).
+    Continuation worker: give no slot back to it from now on, and reset the connections in its lanes that
+    nobody has accepted. Obeyed at once: what is being reset ends later (`Freed`).
+    """
+
+    listener: int
+
+
+class Abandon(Message, frozen=True):
+    """Continuation worker: this consumer's process is gone, its listeners are closed. Connections that it had
+    closed go on to their end, for a bounded time; all others are reset. Obeyed at once: each ends with `Freed`."""
+
+    consumer: int
+
+
+class Reset(Message, frozen=True):
+    """Continuation worker: reset this connection, whose slot says so already. It ends with `Freed`."""
+
+    pcb: int
+
+
 class Stop(Message, frozen=True):
     """Leave after the current burst."""
 
 
-Order = Map | Unmap | Adopt | Release | Listen | Forget | Stop
+Order = Map | Unmap | Adopt | Release | Listen | Forget | Unlisten | Abandon | Reset | Stop
 
 
 # -- reports -----------------------------------------------------------------------------------------------
@@ -83,13 +108,26 @@ class Ended(Message, frozen=True):
     """All netif queues of this worker have come to their end."""
 
 
+class Want(Message, frozen=True):
+    """RX worker: a listener, one with PCB_WANT set, is short of free slots."""
+
+
+class Freed(Message, frozen=True):
+    """Continuation worker: these PCBs, at most FREED_MAX, belonged to connections that are over and whose listener
+    is closed or never was. They are out of the table, every worker has passed the epoch, their lanes are empty,
+    and the slots are not touched any more. Their PCB_STATE is PCB_CLOSING: PCB_SLOT is one in a worker's queue
+    or list."""
+
+    pcbs: list[int]
+
+
 class Failed(Message, frozen=True):
     """The worker cannot go on."""
 
     problem: str
 
 
-Report = Ready | Obeyed | Ended | Failed
+Report = Ready | Obeyed | Ended | Want | Freed | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_order = msgspec.msgpack.Decoder(Order).decode

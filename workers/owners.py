@@ -7,6 +7,11 @@ used when its ticket says True; what is taken back must not be reachable from th
 A ring segment's slots are all of one size. The first segment of a consumer has one slot; each further one
 doubles what the consumer has of that size, up to SEGMENT_BYTES: one socket costs what one socket needs, and a
 hundred thousand of them do not need a hundred thousand shared-memory objects.
+
+The slots of TCP connections are larger, and come in segments of their own, always anonymous: they do not have
+to fit in /dev/shm. A segment has as many of them as were asked for at once, and it is sparse: a page gets memory
+when it is first written. So a slot that was never used is zero, is not cleared, and takes none; those that were used
+last are used next. Which slot has which PCB, and which of them a listener may fill, is in `Owner`.
 """
 
 from __future__ import annotations
@@ -20,9 +25,11 @@ from dataplane.errors import SegmentSpaceError
 from dataplane.rings.lane import lane_bytes
 from dataplane.rings.wake import init_wake
 from dataplane.shm import layout as L
+from dataplane.shm import layout_tcp as T
 from dataplane.shm.arena import Arena
 from dataplane.shm.bell import new_bell
 from dataplane.shm.segment import Segment
+from dataplane.tcp import service
 from workers import orders
 from workers.crew import Crew, Ticket
 
@@ -30,6 +37,7 @@ M = TypeVar("M", bound="Mapping")
 
 SEGMENT_BYTES = 1 << 26     # a ring segment grows up to this, unless one slot needs more
 _FIRST_SLOT = -(-L.SEG_HEADER // L.SLOT_ALIGN) * L.SLOT_ALIGN
+_FIRST_CONNECTION = service.SLOT_ALIGN
 
 
 class Mapping:
@@ -61,6 +69,53 @@ class Rings(Mapping):
         return [first + worker * lane_bytes(self.ring_bytes) for worker in range(self.workers)]
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a connection's slot: ring bytes of each lane, of the send and of the receive buffer."""
+
+    lane_bytes: int
+    send_bytes: int
+    receive_bytes: int
+
+    def slot_bytes(self, workers: int) -> int:
+        """Bytes of the slot."""
+        return service.slot_bytes(self.lane_bytes, self.send_bytes, self.receive_bytes, workers)
+
+
+class Connections(Mapping):
+    """A segment of equal slots for TCP connections."""
+
+    def __init__(self, segment: Segment, number: int, offset: int, shape: Shape, workers: int) -> None:
+        super().__init__(segment, number, offset)
+        self.shape, self.workers = shape, workers
+        self.used: set[int] = set()     # slots that are to be cleared
+        size = shape.slot_bytes(workers)
+        self.free = list(range(segment.size - size, _FIRST_CONNECTION - 1, -size))
+
+    def place(self, slot: int) -> int:
+        """Arena offset of the slot."""
+        return self.offset + slot
+
+    def lanes(self, slot: int) -> list[int]:
+        """Arena offsets of the slot's lanes, one per worker."""
+        first = self.offset + slot + T.CONN_LANES
+        return [first + worker * lane_bytes(self.shape.lane_bytes) for worker in range(self.workers)]
+
+
+@dataclass(eq=False)
+class Listener:
+    """A listener and the slots that it may fill: their PCB numbers, `most` at a time."""
+
+    owner: Owner
+    pcb: int
+    shape: Shape
+    backlog: int
+    most: int
+    numbers: set[int] = field(default_factory=set)
+    growing: bool = False       # more slots are being made
+    closed: bool = False
+
+
 @dataclass(eq=False)
 class Owner:
     """A consumer: what it is, and all that ends with it."""
@@ -76,6 +131,8 @@ class Owner:
     bells: dict[int, tuple[int, int]] = field(default_factory=dict)         # by number: listening, ringing end
     rope: int = -1              # its own ringing end of the doorbell of the worker that transmits for it
     closing: int = 0            # sockets that are being closed and still hold their slots
+    pools: dict[Shape, list[Connections]] = field(default_factory=dict)
+    connections: dict[int, tuple[Connections, int]] = field(default_factory=dict)   # PCB, used or not, to its slot
 
     @property
     def mappings(self) -> Iterator[Mapping]:
@@ -83,6 +140,12 @@ class Owner:
         yield self.home
         for rings in self.rings.values():
             yield from rings
+        for pool in self.pools.values():
+            yield from pool
+
+    def segment(self, number: int) -> Connections | None:
+        """Its segment of connections with that number."""
+        return next((one for pool in self.pools.values() for one in pool if one.number == number), None)
 
 
 def slot_bytes(ring_bytes: int, workers: int) -> int:
@@ -123,9 +186,24 @@ class Memory:
         self._clear(rings, slot)
         return rings, slot
 
-    def give_back(self, rings: Rings, slot: int) -> None:
+    def connections(self, owner: Owner, shape: Shape, count: int) -> list[tuple[Connections, int]]:
+        """`count` slots for connections of `owner`; they may be used when their segments' tickets say True. Raises
+        OSError(ENOMEM)."""
+        pool = owner.pools.setdefault(shape, [])
+        missing = count - sum(len(one.free) for one in pool)
+        if missing > 0:
+            pool.append(self._connections(shape, missing))
+        found: list[tuple[Connections, int]] = []
+        for segment in pool:
+            while segment.free and len(found) < count:
+                slot = segment.free.pop()
+                self._clear_connection(segment, slot)
+                found.append((segment, slot))
+        return found
+
+    def give_back(self, mapping: Rings | Connections, slot: int) -> None:
         """The slot may be used for another socket of its owner."""
-        rings.free.append(slot)
+        mapping.free.append(slot)
 
     def unmap(self, mapping: Mapping) -> Ticket:
         """Let the workers forget a segment; `remove` it when the ticket says True."""
@@ -151,6 +229,13 @@ class Memory:
             segment = self._segment(name, _FIRST_SLOT + size, L.SEG_RINGS, owner.sealed)
         return self._map(segment, lambda offset: Rings(segment, number, offset, ring_bytes, self._workers))
 
+    def _connections(self, shape: Shape, count: int) -> Connections:
+        size = _FIRST_CONNECTION + count * shape.slot_bytes(self._workers)
+        segment = Segment.create_sealed(size, L.SEG_CONNECTIONS, sparse=True)
+        self._rings_made += 1
+        number = self._rings_made
+        return self._map(segment, lambda offset: Connections(segment, number, offset, shape, self._workers))
+
     def _segment(self, what: str, size: int, kind: int, sealed: bool) -> Segment:
         return Segment.create_sealed(size, kind) if sealed else Segment.create(self._name(what), size, kind)
 
@@ -170,6 +255,15 @@ class Memory:
         for lane in rings.lanes(slot):
             mem[lane:lane + L.LANE_DATA] = 0
         init_wake(mem, rings.wake(slot))
+
+    def _clear_connection(self, segment: Connections, slot: int) -> None:
+        if slot not in segment.used:        # its pages may have no memory yet
+            segment.used.add(slot)
+            return
+        mem, place = self._arena.mem, segment.place(slot)
+        mem[place:place + T.CONN_LANES] = 0         # a wake object among it: zeros are one
+        for lane in segment.lanes(slot):
+            mem[lane:lane + L.LANE_DATA] = 0
 
     # -- bells -----------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from dataplane.inet.step import all_ended, finish, may_sleep, step, woke
 from dataplane.inet.transmit import add_consumer, remove_consumer
 from dataplane.inet.worker import attach_private
 from dataplane.jit import kernel
+from dataplane.pcb import slots
 from dataplane.pcb.table import Table
 from dataplane.rings.wake import ring_wake, wake_ring
 from dataplane.shm import layout as L
@@ -35,6 +36,7 @@ from dataplane.shm.arena import Arena
 from dataplane.shm.atomics import exchange, ld64, store_release
 from dataplane.shm.bell import ring
 from dataplane.shm.epoch import mark_offline, mark_online
+from dataplane.shm.layout_tcp import CONN_WAKE
 from workers import orders
 from workers.duty import NAP_BYTES, NAP_DOORBELL, NAP_ORDERS, Duty, nap, pollfd
 
@@ -65,12 +67,18 @@ def take_mail(mem, w):
 
 @kernel("i64(mem, i64)")
 def ring_sockets(mem, table):
-    """Wakes the waiters of all sockets, whatever their wake words say. Eventfds are the caller's to write."""
+    """Wakes the waiters of all sockets, whatever their wake words say. Bells are the caller's to ring. Nobody waits
+    for a slot without a connection; its page may have no memory yet."""
     states = ld64(mem, table + L.T_LANES)       # those of worker 0: all workers' name the same wake object
-    for number in range(ld64(mem, table + L.T_SOCKETS)):
-        state = states + number * L.LS_BYTES
-        if ld64(mem, state + L.LS_BASE) != 0:
-            wake_ring(mem, ld64(mem, state + L.LS_WAKE))
+    pcb = ld64(mem, table + L.T_PCBS)
+    for number in range(ld64(mem, table + L.T_TIME_WAIT_AT)):
+        wake = ld64(mem, states + number * L.LS_BYTES + L.LS_WAKE)
+        if ld64(mem, pcb + L.PCB_KIND) == L.PK_CONNECTION:
+            is_open = ld64(mem, pcb + L.PCB_STATE) == L.PCB_OPEN
+            wake = ld64(mem, pcb + L.PCB_PLACE) + CONN_WAKE if is_open else 0
+        if ld64(mem, states + number * L.LS_BYTES + L.LS_BASE) != 0 and wake != 0:
+            wake_ring(mem, wake)
+        pcb += L.PCB_BYTES
     return 0
 
 
@@ -118,8 +126,9 @@ class RxWorker:
         self._fds = post.arena.map_anonymous(NAP_BYTES)
         self._table.put(self._fds + NAP_ORDERS, pollfd(post.channel.fileno()))
         self._table.put(self._fds + NAP_DOORBELL, pollfd(post.doorbell))
-        mailbox = self._w + L.W_MAILBOX
+        mailbox, want = self._w + L.W_MAILBOX, self._w + L.W_WANT
         self._mailbox = self._mem[mailbox:mailbox + 8].view(np.int64).data
+        self._want = self._mem[want:want + 8].view(np.int64).data
 
     def _settle_in(self) -> None:
         """The process's own affairs: signals, the supervisor's death, the core, the garbage collector."""
@@ -147,11 +156,14 @@ class RxWorker:
         """Work until told to stop."""
         mark_online(self._mem, self._w)
         self._report(orders.Ready())
-        mem, w, duty, mailbox = self._mem, self._w, self._duty, self._mailbox
+        mem, w, duty, mailbox, want = self._mem, self._w, self._duty, self._mailbox, self._want
         while not (self._stopping or self._orphaned):
             handled = step(mem, w, BUDGET)
             if mailbox[0]:
                 self._read_orders()
+            if want[0]:
+                want[0] = 0
+                self._report(orders.Want())
             if handled:
                 duty.worked()
             elif duty.tired():
@@ -227,6 +239,10 @@ class RxWorker:
                 self._listen(order.number, descriptor, order.consumer)
             case orders.Forget():
                 self._listen(order.number, -1, 0)
+            case orders.Unlisten():
+                slots.forget(self._mem, self._w, order.listener)
+            case orders.Abandon() | orders.Reset():
+                pass        # the continuation worker's
             case orders.Stop():
                 self._stopping = True
 

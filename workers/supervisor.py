@@ -30,6 +30,7 @@ from dataplane.control.loop import Loop
 from dataplane.control.paths import runtime_directory, socket_path
 from dataplane.control.server import Server
 from dataplane.errors import DataplaneError
+from dataplane.inet.transmit import KCONT
 from dataplane.inet.worker import prepare
 from dataplane.pcb.table import Table
 from dataplane.shm import epoch
@@ -37,11 +38,11 @@ from dataplane.shm import layout as L
 from dataplane.shm.arena import Arena
 from dataplane.shm.bell import ring
 from dataplane.shm.segment import Segment, segment_name
-from workers import leavings, rx
+from workers import continuation, leavings, rx
 from workers.crew import Crew, Worker
 from workers.kernels import warm_up
 from workers.owners import Memory
-from workers.service import ControlService, Running
+from workers.service import ControlService, Running, time_wait_ns
 
 TICK = 0.1              # seconds between two looks at counters and ends
 STOP_SECONDS = 2.0      # a worker that has not left by then is killed
@@ -89,13 +90,14 @@ class Supervisor:
         exits.enter_context(leavings.held(config.name, self._uid))
         self._arena = Arena()
         self._table = self._make_table()
-        self._warm()
         self._crew = Crew(self._loop, config.cores, self._work, self._died, self._mail)
         exits.callback(self._crew.close)
         infos = [self._open_netif(index) for index in range(len(config.netif))]
         for worker in self._crew.workers:
             prepare(self._arena, self._table, worker.index, config.inet.icmp_rate,
                     config.sockets.tx_ring_bytes)
+        self._kcont_home = self._arena.map_anonymous(continuation.home_bytes(config.sockets.tx_ring_bytes), shared=True)
+        self._table.put(self._table.offset + L.T_KCONT_ROPE, self._crew.continuation.rope)
         memory = Memory(self._arena, self._crew, lambda what: segment_name(self._uid, config.name, what),
                         config.sockets.tx_ring_bytes)
         running = Running(config, self._uid, self._pid, self._loop, self._table, self._crew, memory, infos)
@@ -109,7 +111,7 @@ class Supervisor:
         self._loop.later(TICK, self._tick, TICK)
 
     async def _serve(self, ready: Callable[[], None]) -> None:
-        await self._loop.until(lambda: all(worker.ready for worker in self._crew.workers))
+        await self._loop.until(lambda: all(worker.ready for worker in self._crew.everyone))
         ready()
 
     def _stop(self) -> None:
@@ -117,7 +119,7 @@ class Supervisor:
         self._stopping = True
         self._table.put(self._table.offset + L.T_STOP, 1)
         left = self._crew.stop()
-        for worker in self._crew.workers:
+        for worker in self._crew.everyone:
             worker.ring()
         self._loop.spawn(self._wait_for(left))
         self._loop.run()
@@ -145,14 +147,20 @@ class Supervisor:
         workers, netifs = len(config.cores), len(config.netif)
         if netifs > L.NIF_MAX:
             raise DataplaneError(f"{netifs} netifs are too many: at most {L.NIF_MAX}")
-        capacities = (config.sockets.max, workers, netifs, config.sockets.groups, config.inet.neighbours)
+        capacities = (config.sockets.max, workers, netifs, config.sockets.groups, config.inet.neighbours,
+                      config.tcp.time_wait_max)
         size = Table.size(*capacities)
         segment = Segment.create(segment_name(self._uid, config.name, "table"), size, L.SEG_TABLE)
         self._exits.callback(segment.close)
         self._exits.callback(segment.unlink)
         leavings.claim(segment.fd)
         offset = self._arena.map_fd(segment.fd, size)
-        return Table(self._arena.mem, offset, *capacities)
+        self._warm()            # the table's queues are made by kernels
+        table = Table(self._arena.mem, offset, *capacities)
+        table.put(offset + L.T_TIME_WAIT_NS, time_wait_ns(config))
+        for worker in range(workers):
+            table.put(table.worker(worker) + L.W_RST_RATE, config.tcp.rst_rate)
+        return table
 
     def _warm(self) -> None:
         """Compile or load all kernels: workers inherit them. Says so when it takes long."""
@@ -194,12 +202,21 @@ class Supervisor:
             self._server.close_descriptors()
             self._crew.close_descriptors(worker)
 
+        stamp = 2 + worker.index + worker.restarts * len(self._crew.everyone)       # 1: the supervisor
+        if worker is self._crew.continuation:
+            continuation.work(continuation.ContinuationPost(
+                arena=self._arena, table=self._table, config=self._config, stamp=stamp, supervisor=self._pid,
+                channel=channel, doorbell=worker.doorbell, obeyed=worker.ordered, home=self._kcont_home,
+                rope=self._crew.workers[0].rope, events=self._service.events(),
+                gone=[owner.consumer for owner in self._service.retiring]), close_others)
+            return
+        consumers = self._service.consumers_of(worker.index)
+        if worker.index == 0:       # it transmits for the continuation worker
+            consumers.append((KCONT, self._kcont_home))
         rx.work(rx.Post(
             arena=self._arena, table=self._table, config=self._config, index=worker.index, core=worker.core,
-            stamp=2 + worker.index + worker.restarts * len(self._crew.workers),     # 1: the supervisor
-            supervisor=self._pid, channel=channel, doorbell=worker.doorbell,
-            obeyed=worker.ordered, consumers=self._service.consumers_of(worker.index),
-            events=self._service.events()), close_others)
+            stamp=stamp, supervisor=self._pid, channel=channel, doorbell=worker.doorbell,
+            obeyed=worker.ordered, consumers=consumers, events=self._service.events()), close_others)
 
     def _mail(self, worker: Worker) -> None:
         rx.post_mail(self._arena.mem, self._table.worker(worker.index))
@@ -207,11 +224,14 @@ class Supervisor:
     def _died(self, worker: Worker, reason: str) -> None:
         """A worker is dead: what it had in its hands is lost and counted, whom it may have been about to
         wake is woken, and nobody waits for its epoch."""
-        epoch.mark_offline(self._arena.mem, self._table.worker(worker.index))
+        block = self._table.worker(worker.index)
+        epoch.mark_offline(self._arena.mem, block)
         lost = self._write_off(worker)
+        continuation.mourn(self._table, self._table.get(block + L.W_STAMP))
+        self._crew.continuation.ring()
         self._wake_all()
-        who = f"RX worker {worker.index} (core {worker.core})"
-        self._say(f"{who} died: {reason}; {lost} frames lost; restarting")
+        frames = "" if worker is self._crew.continuation else f" {lost} frames lost;"
+        self._say(f"{worker.name} died: {reason};{frames} restarting")
 
     def _write_off(self, worker: Worker) -> int:
         return sum(ledger.write_off(self._arena.mem, queue.place)
@@ -256,10 +276,12 @@ class Supervisor:
         """The ledger as JSON, with what it is about."""
         told = ledger.snapshot(self._arena.mem, self._table.offset, self._queues, self._closed())
         workers = [self._worker_state(worker) for worker in self._crew.workers]
+        beside = self._worker_state(self._crew.continuation)
         about = {"name": self._config.name, "pid": self._pid, "time": time.time(),
                  "uptime": time.time() - self._started}
         return about | told | {"sockets": len(self._table.open_pcbs()),
-                               "consumers": len(self._service.owners), "workers": workers}
+                               "consumers": len(self._service.owners), "workers": workers,
+                               "continuation": {name: beside[name] for name in ("pid", "restarts", "slept", "steps")}}
 
     def _closed(self) -> Counter[str]:
         return self._service.closed

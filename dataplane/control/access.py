@@ -1,7 +1,7 @@
 """Who may bind what: the configuration's `[[access]]` tables applied to a peer's credentials.
 
 Called by the supervisor for each bind. Root may everything. The owner, the user who runs the dataplane, may
-everything but UDP ports under 1024, which stay root's as they are in the kernel. All others may nothing. What
+everything but ports under 1024, which stay root's as they are in the kernel. All others may nothing. What
 a rule allows to a user, or to one of his groups, comes on top, low ports included.
 """
 
@@ -41,11 +41,12 @@ class Access:
                 if user == uid or (group is not None and group in groups)]
 
     def demand(self, uid: int, gid: int, proto: str, address: str | None = None, number: int = 0) -> None:
-        """Raise PermissionError unless that user may open a socket of `proto` (udp, raw, tap) at `address`
-        (None: all) and at that port or protocol number (0: all)."""
+        """Raise PermissionError unless that user may open a socket of `proto` (udp, tcp, raw, tap) at `address`
+        (None: all) and at that port or protocol number (0: all). `connect`: open a TCP connection to that
+        remote address and port."""
         if uid == 0:
             return
-        privileged = proto == "udp" and 0 < number < LOWEST_FREE_PORT
+        privileged = proto in ("udp", "tcp") and 0 < number < LOWEST_FREE_PORT
         if uid == self._owner and not privileged:
             return
         if any(rule.covers(proto, address, number) for rule in self.rules(uid, gid)):
@@ -59,5 +60,5 @@ class Access:
 def _numbered(proto: str, number: int) -> str:
     if proto == "tap":
         return ""
-    what = "port" if proto == "udp" else "protocol"
+    what = "protocol" if proto == "raw" else "port"
     return f"{what} {number}" if number else f"any {what}"

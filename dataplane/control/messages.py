@@ -31,7 +31,12 @@ class Attach(Message, frozen=True, tag="attach"):
 
 
 class Bind(Message, frozen=True, tag="bind"):
-    """Opens a socket. `kind`: udp, raw or tap."""
+    """Opens a socket. `kind`: udp, raw, tap, tcp_listen or tcp_connect.
+
+    A TCP connection's buffers are chosen here, a listener's for all that it accepts; None: as the dataplane is
+    configured. `ring_bytes` is not for TCP. A listener needs a port (0: an unused one). `connections` is how
+    many accepted ones there can be at a time; each RX worker has its share, and one at least.
+    """
 
     kind: str
     address: str | None = None  # numeric; None: every address of both families
@@ -40,10 +45,23 @@ class Bind(Message, frozen=True, tag="bind"):
     proto: int = 17             # raw: IP protocol, 0 for all
     reuseport: bool = False
     ring_bytes: int | None = None
+    backlog: int = 128          # listener: connections that may wait to be accepted
+    connections: int = 1024
+    send_bytes: int | None = None       # a power of two from 4096
+    receive_bytes: int | None = None
+
+
+class SegmentOf(Message, frozen=True, tag="segment_of"):
+    """Asks for one of this consumer's own segments by its number: that of the slot of an accepted connection.
+    Reply: Given, with its descriptor."""
+
+    number: int
 
 
 class Close(Message, frozen=True, tag="close"):
-    """Closes a socket of this connection's consumer."""
+    """Closes a socket of this connection's consumer. A listener's connections that nobody has accepted are
+    reset. A TCP connection that its owner opened is reset, too: this is for one whose opening was interrupted. All
+    others end by what their slots say (layout_tcp.REQ_CLOSED)."""
 
     pcb: int
     generation: int
@@ -105,12 +123,17 @@ class Attached(Message, frozen=True, tag="attached"):
     home: Segment
     tx_ring_bytes: int
     ring_bytes: int
+    time_wait_ns: int           # how long a TCP connection stays in TIME_WAIT
     netifs: list[NetifInfo]
 
 
 class Bound(Message, frozen=True, tag="bound"):
     """`segment` is set (and its descriptor sent, if it has no name) when the slot is in one
-    that this consumer has not been given yet."""
+    that this consumer has not been given yet.
+
+    A listener has an ordinary slot, in whose lanes the connections to be accepted are; `lane_bytes`,
+    `send_bytes` and `receive_bytes` are those of each of them. A connection's slot is as layout_tcp says.
+    """
 
     pcb: int
     generation: int
@@ -120,6 +143,16 @@ class Bound(Message, frozen=True, tag="bound"):
     address: str | None
     port: int | None
     segment: Segment | None = None
+    lane_bytes: int = 0         # TCP: ring bytes of each of a connection's lanes, one per RX worker,
+    send_bytes: int = 0         # and of its buffers
+    receive_bytes: int = 0
+    mtu: int = 0                # tcp_connect: of the netif that leads to the remote address
+
+
+class Given(Message, frozen=True, tag="given"):
+    """The descriptor goes along if the segment has no name."""
+
+    segment: Segment
 
 
 class Evented(Message, frozen=True, tag="evented"):
@@ -138,8 +171,37 @@ class Ledger(Message, frozen=True, tag="ledger"):
     ledger: dict[str, Any]
 
 
+class ConnectionInfo(Message, frozen=True, tag="connection"):
+    """What a connection's control block says: its owner could have written anything there, within these bounds.
+
+    Positions count from 0, which is the SYN; the wire's sequence numbers are `iss` and `irs` more. Times are ms.
+    """
+
+    send_queue: int             # bytes written and not yet acknowledged
+    receive_queue: int          # bytes in order that the application has not read
+    send_bytes: int             # the buffers' sizes
+    receive_bytes: int
+    iss: int
+    irs: int
+    rcv_nxt: int
+    snd_una: int
+    snd_nxt: int
+    snd_wnd: int
+    mss: int
+    cwnd: int
+    ssthresh: int
+    srtt: float
+    rttvar: float
+    rto: float
+    backoff: int
+    retransmits: int
+    segments_in: int
+    segments_out: int
+
+
 class SocketInfo(Message, frozen=True, tag="socket"):
-    """One line of `dataplane ss`. Rings' figures are sums over the lanes."""
+    """One line of `dataplane ss`. Rings' figures are sums over the lanes. Of a listener, `queued` are the
+    connections to be accepted. `kind` is udp, raw, tap or tcp."""
 
     pcb: int
     kind: str
@@ -157,6 +219,8 @@ class SocketInfo(Message, frozen=True, tag="socket"):
     queued: int
     queued_bytes: int
     dropped: int
+    backlog: int                # listener; else 0
+    connection: ConnectionInfo | None
 
 
 class SocketList(Message, frozen=True, tag="socket_list"):
@@ -174,8 +238,8 @@ class Failure(Message, frozen=True, tag="failure"):
     message: str
 
 
-Request = Attach | Bind | Close | SetWake | Event | Stats | Sockets
-Reply = Attached | Bound | Evented | Done | Ledger | SocketList | Failure
+Request = Attach | Bind | SegmentOf | Close | SetWake | Event | Stats | Sockets
+Reply = Attached | Bound | Given | Evented | Done | Ledger | SocketList | Failure
 
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(Request).decode

@@ -30,6 +30,24 @@ def test_without_rules(uid: int, port: int, allowed: bool) -> None:
     assert may(Access(OWNER, []), uid, "udp", None, port) is allowed
 
 
+@pytest.mark.parametrize(("uid", "port", "allowed"), [
+    (0, 80, True), (OWNER, 80, False), (OWNER, 8080, True), (OTHER, 8080, False)])
+def test_listening_without_rules(uid: int, port: int, allowed: bool) -> None:
+    assert may(Access(OWNER, []), uid, "tcp", None, port) is allowed
+
+
+def test_connecting() -> None:
+    """The rule is about the remote end: no port there is anybody's privilege."""
+    assert may(Access(OWNER, []), OWNER, "connect", "192.0.2.1", 80)
+    assert not may(Access(OWNER, []), OTHER, "connect", "192.0.2.1", 80)
+    access = Access(OWNER, [AccessSettings(uid=OTHER, allow=("connect:443", "connect:192.0.2.1:1-100", "tcp:8080"))])
+    allowed = [("connect", "198.51.100.1", 443), ("connect", "192.0.2.1", 80), ("tcp", None, 8080)]
+    refused = [("connect", "198.51.100.1", 80), ("connect", "192.0.2.1", 101), ("connect", "192.0.2.1", 8080),
+               ("tcp", None, 443)]
+    assert [may(access, OTHER, *what) for what in allowed] == [True] * len(allowed)
+    assert [may(access, OTHER, *what) for what in refused] == [False] * len(refused)
+
+
 def test_without_rules_raw_and_tap_are_the_owners() -> None:
     access = Access(OWNER, [])
     for proto, number in (("raw", 0), ("raw", 1), ("tap", 0)):
@@ -76,5 +94,7 @@ def test_supplementary_groups_count() -> None:
 def test_the_refusal_says_why() -> None:
     with pytest.raises(PermissionError, match=r"uid 1000 may not open udp 10\.0\.0\.1 port 53: ports under 1024"):
         Access(OWNER, []).demand(OWNER, OWNER, "udp", "10.0.0.1", 53)
+    with pytest.raises(PermissionError, match=r"uid 2000 may not open connect 192\.0\.2\.1 port 80: no \[\[access"):
+        Access(OWNER, []).demand(OTHER, OTHER, "connect", "192.0.2.1", 80)
     with pytest.raises(PermissionError, match=r"uid 2000 may not open raw any protocol: no \[\[access\]\] rule"):
         Access(OWNER, []).demand(OTHER, OTHER, "raw")

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dataplane.cli_observe import sockets
 from dataplane.control import messages
 from dataplane.control.paths import lock_path, runtime_directory, socket_path
 from dataplane.control.wire import Connection
@@ -167,9 +168,9 @@ class Running:
             return connection.request(messages.Stats(), messages.Ledger)[0].ledger
 
     def sockets(self) -> list[messages.SocketInfo]:
-        """The open sockets (the first piece of the list)."""
+        """The open sockets."""
         with self.connect() as connection:
-            return connection.request(messages.Sockets(), messages.SocketList)[0].sockets
+            return list(sockets(connection))
 
     def workers(self) -> list[int]:
         """The RX workers' pids."""
