@@ -24,20 +24,21 @@ if TYPE_CHECKING:
     from dataplane.client.poller import Poller
     from dataplane.client.records import ENDPOINT, PacketInfo
     from dataplane.client.sockets import RawSocket, Socket, TapSocket
+    from dataplane.client.tcp import Connection, Listener
     from dataplane.client.udp import UDPSocket
 
 __all__ = [
-    "ENDPOINT", "Batch", "ConfigError", "Dataplane", "DataplaneError", "LayoutMismatch", "PacketInfo",
-    "Poller", "RawSocket", "SegmentSpaceError", "Socket", "Stopped", "TapSocket", "UDPSocket",
+    "ENDPOINT", "Batch", "ConfigError", "Connection", "Dataplane", "DataplaneError", "LayoutMismatch", "Listener",
+    "PacketInfo", "Poller", "RawSocket", "SegmentSpaceError", "Socket", "Stopped", "TapSocket", "UDPSocket",
     "UnknownDataplane", "attach",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY = {
     "attach": "attach", "Dataplane": "attach", "Batch": "batch", "Poller": "poller", "ENDPOINT": "records",
     "PacketInfo": "records", "RawSocket": "sockets", "Socket": "sockets", "TapSocket": "sockets",
-    "UDPSocket": "udp",
+    "UDPSocket": "udp", "Connection": "tcp", "Listener": "tcp",
 }
 
 

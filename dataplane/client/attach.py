@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dataplane.client import drain, fields, transmit
 from dataplane.client.addresses import Address, Routes, parse_address, parse_host, parse_port
@@ -14,9 +15,19 @@ from dataplane.client.session import Session
 from dataplane.client.sockets import RawSocket, Socket, TapSocket
 from dataplane.client.transmit import Transmitter
 from dataplane.client.udp import UDPSocket
+from dataplane.client.waiting import deadline_of
 from dataplane.control import messages
-from dataplane.control.wire import Connection
+from dataplane.control.wire import Connection as ControlConnection
+from dataplane.errors import DataplaneError
 from dataplane.jit import warm
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from dataplane.client.streams import ClientConnected
+    from dataplane.client.tcp import Connection, Listener
+    from dataplane.client.transport import Server, TCPTransport
+    from dataplane.client.workbench import Workbench
 
 __all__ = ["Dataplane", "attach"]
 
@@ -34,7 +45,7 @@ def attach(name: str, *, spin_us: float = 20.0) -> Dataplane:
     """
     if not spin_us >= 0:
         raise ValueError(f"spin_us must not be negative: {spin_us}")
-    connection = Connection.open(name)
+    connection = ControlConnection.open(name)
     try:
         with _warming:
             warm((drain, fields, transmit))     # now: neither when the first packet waits, nor in two threads
@@ -52,6 +63,7 @@ class Dataplane:
         self._session = session
         self._routes = Routes(session.attached.netifs)
         self._transmitter = Transmitter(session)
+        self._bench: Workbench | None = None
 
     # -- sockets ---------------------------------------------------------------------------------------
 
@@ -97,6 +109,102 @@ class Dataplane:
         with self._session.lock:
             return TapSocket(self._session, bound, None)
 
+    # -- TCP ---------------------------------------------------------------------------------------------
+
+    def tcp_listen(self, address: str | None, port: int, backlog: int = 128, *, reuseport: bool = False,
+                   send_bytes: int | None = None, receive_bytes: int | None = None,
+                   connections: int = 1024) -> Listener:
+        """Opens a listening TCP socket.
+
+        address        numeric; None: every address of both families
+        port           0: an unused one
+        backlog        connections that may wait to be accepted; handshakes beyond wait for room
+        reuseport      shares the port with other listeners that say so too; each peer's flow goes to one of them
+        send_bytes     bytes of each connection's send buffer, and
+        receive_bytes  of its receive buffer: a power of two from 4096 on; None: as the dataplane is configured
+        connections    how many accepted ones there can be at a time
+
+        OSError(EADDRINUSE), PermissionError, ValueError. The first call compiles or loads the protocol.
+        """
+        from dataplane.client.tcp import Listener
+        bench = self._workbench()
+        host = None if not address else str(parse_host(address))
+        request = messages.Bind(kind="tcp_listen", address=host, port=parse_port(port), reuseport=reuseport,
+                                backlog=backlog, connections=connections, send_bytes=send_bytes,
+                                receive_bytes=receive_bytes)
+        return Listener(bench, self._session.bind(request))
+
+    def tcp_connect(self, host: str, port: int, *, timeout: float | None = None, local: Address | None = None,
+                    send_bytes: int | None = None, receive_bytes: int | None = None) -> Connection:
+        """Opens a TCP connection to a numeric address, from the address and port `local` if given. `timeout` in
+        seconds, for this call only. TimeoutError, ConnectionRefusedError, OSError: ENETUNREACH, EADDRINUSE, ..."""
+        deadline = deadline_of(timeout)
+        connection = self._connect((host, port), local, send_bytes, receive_bytes)
+        try:
+            connection.await_open(deadline)
+        except BaseException:
+            connection.abort()
+            raise
+        return connection
+
+    def _connect(self, remote: Address, local: Address | None, send_bytes: int | None,
+                 receive_bytes: int | None) -> Connection:
+        """A connection whose SYN was sent."""
+        from dataplane.client.tcp import connection_of, open_active
+        bench = self._workbench()
+        there, port = parse_address(remote)
+        self._routes.demand(there)
+        here = None if local is None or not local[0] else str(parse_host(local[0]))
+        request = messages.Bind(kind="tcp_connect", address=here, port=parse_port(local[1]) if local else 0,
+                                remote=(str(there), port), send_bytes=send_bytes, receive_bytes=receive_bytes)
+        connection = connection_of(bench, self._session.bind(request), (str(there), port))
+        open_active(bench, connection)
+        return connection
+
+    def _workbench(self) -> Workbench:
+        """What its TCP connections share, made when the first is needed."""
+        from dataplane.client.workbench import Workbench
+        self._session.check()
+        with self._session.lock:
+            if self._bench is None:
+                self._bench = Workbench(self._session, self._transmitter)
+            return self._bench
+
+    async def open_connection(self, host: str, port: int, *, limit: int = 1 << 16, local_addr: Address | None = None,
+                              send_bytes: int | None = None, receive_bytes: int | None = None,
+                              ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """As `asyncio.open_connection`, to a numeric address: asyncio's own streams."""
+        from dataplane.client.streams import connect_streams
+        return await connect_streams(self._connect((host, port), local_addr, send_bytes, receive_bytes), limit)
+
+    async def start_server(self, client_connected_cb: ClientConnected, host: str | None, port: int, *,
+                           limit: int = 1 << 16, backlog: int = 128, reuse_port: bool = False,
+                           start_serving: bool = True, send_bytes: int | None = None,
+                           receive_bytes: int | None = None, connections: int = 1024) -> Server:
+        """As `asyncio.start_server`: asyncio's own streams."""
+        from dataplane.client.streams import serve_streams
+        listener = self.tcp_listen(host, port, backlog, reuseport=reuse_port, send_bytes=send_bytes,
+                                   receive_bytes=receive_bytes, connections=connections)
+        return await serve_streams(client_connected_cb, listener, limit, start_serving)
+
+    async def create_connection(self, protocol_factory: Callable[[], Any], host: str, port: int, *,
+                                local_addr: Address | None = None, send_bytes: int | None = None,
+                                receive_bytes: int | None = None) -> tuple[TCPTransport, Any]:
+        """As the event loop's `create_connection`: (transport, protocol)."""
+        from dataplane.client.streams import connect_protocol
+        connection = self._connect((host, port), local_addr, send_bytes, receive_bytes)
+        return await connect_protocol(protocol_factory, connection)
+
+    async def create_server(self, protocol_factory: Callable[[], Any], host: str | None, port: int, *,
+                            backlog: int = 128, reuse_port: bool = False, start_serving: bool = True,
+                            send_bytes: int | None = None, receive_bytes: int | None = None,
+                            connections: int = 1024) -> Server:
+        """As the event loop's `create_server`."""
+        from dataplane.client.streams import serve_protocol
+        listener = self.tcp_listen(host, port, backlog, reuseport=reuse_port, send_bytes=send_bytes,
+                                   receive_bytes=receive_bytes, connections=connections)
+        return await serve_protocol(protocol_factory, listener, start_serving)
+
     def poller(self, sockets: Iterable[Socket[Any]]) -> Poller:
         """One wake object for many sockets of this attachment."""
         return Poller(self._session, sockets)
@@ -131,7 +239,11 @@ class Dataplane:
     # -- the end -----------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Ends the attachment and closes its sockets. May be called again."""
+        """Ends the attachment and closes its sockets. What TCP connections have written still goes. May be called
+        again."""
+        if self._bench is not None and self._session.over is None and not self._session.ended():
+            with contextlib.suppress(OSError, DataplaneError):
+                self._bench.close()
         self._session.close()
 
     def __enter__(self) -> Dataplane:

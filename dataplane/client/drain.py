@@ -22,7 +22,7 @@ from dataplane.shm.atomics import ld8, ld64, load_relaxed, pause, prefetch, st64
 from dataplane.shm.libc import CLOCK_MONOTONIC, clock_ns
 
 __all__ = [
-    "ROW_BYTES", "WAITER_BYTES", "arm_event", "armed", "await_packets", "disarm", "look", "open_row",
+    "ROW_BYTES", "WAITER_BYTES", "arm_event", "await_packets", "collect", "disarm", "look", "open_row",
     "payload_offset", "peek", "pending", "release_row", "release_rows", "settle", "take", "wake_up",
 ]
 
@@ -259,10 +259,20 @@ def disarm(mem, wake):
     wake_disarm(mem, wake)
 
 
-@kernel("i64(mem, i64)")
-def armed(mem, wake):
-    """Whether nobody has been notified since arm_event."""
-    return load_relaxed(mem, wake + L.WAKE_STATE) == L.WAKE_PIPE
+@kernel("i64(mem, i64, i64, vec)")
+def collect(mem, table, count, fired):
+    """An event loop's bell has rung: whose wake objects of the `count` in `table` (0: not armed) has a notifier
+    disarmed since arm_event? Takes them out; their numbers are in `fired`. Returns how many."""
+    found = 0
+    for i in range(count):
+        if i + _AHEAD < count:
+            prefetch(mem, ld64(mem, table + 8 * (i + _AHEAD)))
+        wake = ld64(mem, table + 8 * i)
+        if wake != 0 and load_relaxed(mem, wake + L.WAKE_STATE) != L.WAKE_PIPE:
+            st64(mem, table + 8 * i, 0)
+            fired[found] = i
+            found += 1
+    return found
 
 
 @kernel("none(mem, i64)")

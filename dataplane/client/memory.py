@@ -45,6 +45,10 @@ class Memory:
         self._segments[segment.number] = (place, opened.size)
         return place
 
+    def knows(self, number: int) -> bool:
+        """Whether this segment was mapped."""
+        return number in self._segments
+
     def place(self, number: int, offset: int, size: int) -> int:
         """Where `size` bytes at `offset` of segment `number` are."""
         place, whole = self._segments.get(number, (0, 0))
@@ -68,8 +72,12 @@ class Memory:
         self.mem[place:place + size] = 0
         return place
 
+    def table(self, size: int) -> int:
+        """Place of `size` zero bytes of private memory that cost nothing until they are touched. For ever."""
+        return self._arena.map_anonymous(size)
+
     def give_back(self, place: int, size: int) -> None:
-        """The block may be used again."""
+        """The block may be used again. Needs no lock."""
         self._free[-(-size // 64) * 64].append(place)
 
 

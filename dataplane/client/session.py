@@ -107,6 +107,7 @@ class Session:
             self._bury_orphans()
             bound, descriptors = self.request_with(request, messages.Bound)
             self._map(bound, descriptors)
+            self._bury_orphans()        # the reply of an interrupted request came right before this one
             return bound
 
     def _map(self, bound: messages.Bound, descriptors: list[int]) -> None:

@@ -106,7 +106,7 @@ class LocalSession(Session):
                                    addresses=["10.77.0.1/24", "fd77::1/64"], gateway=[])
         return messages.Attached(name="local", pid=os.getpid(), consumer=1, workers=self.workers,
                                  home=messages.Segment(0, 0, None), tx_ring_bytes=TX_RING, ring_bytes=65536,
-                                 netifs=[netif])
+                                 time_wait_ns=60_000_000_000, netifs=[netif])
 
     # -- the other side ------------------------------------------------------------------------------
 
