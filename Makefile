@@ -61,7 +61,7 @@ soak: venv test-tools
 # The live tests talk to a kernel peer through these. Without them those tests are skipped, and say so.
 test-tools:
 	@missing=; \
-	for tool in ip tc ping socat nc; do \
+	for tool in ip tc ping socat nc curl; do \
 		command -v $$tool >/dev/null 2>&1 || missing="$$missing $$tool"; \
 	done; \
 	[ -n "$$missing" ] || exit 0; \
@@ -71,7 +71,7 @@ test-tools:
 	echo "make: installing what the live tests need:$$missing"; \
 	export DEBIAN_FRONTEND=noninteractive; \
 	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends \
-		iproute2 iputils-ping socat netcat-openbsd >/dev/null; } \
+		iproute2 iputils-ping socat netcat-openbsd curl >/dev/null; } \
 		|| echo "make: could not install them; the tests that need them are skipped" >&2
 
 clean:

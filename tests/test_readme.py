@@ -58,7 +58,7 @@ PYTHON = [one.text for one in blocks() if one.language == "python"]
 LASTING = {
     r"dataplane run": r"^ready \w+$",
     r"dataplane stat \w+ --watch": r"offered/s",
-    r"examples/udp_echo\.py": r"^listening at ",
+    r"examples/(udp_echo|tcp_echo|http_server)\.py": r"^listening at ",
     r"workers\.consumers count": r"^attached: ",
 }
 
@@ -67,6 +67,7 @@ ENDING = {
     r"^ping -c 3 ": r" 0% packet loss",
     r"^echo hello \| (nc|socat) .*7777$": r"^hello$",
     r"^echo hello \| socat .*:9$": r"Connection refused",
+    r"^curl -s ": r"^100000000$",
     r"dataplane ss tun$": r"udp .*:7777",
     r"dataplane ss quickstart$": r"^kind ",
     r"dataplane stat quickstart$": r"; balanced",

@@ -9,8 +9,10 @@ frames a second into a veth.
 from __future__ import annotations
 
 import errno
+import random
 import socket
 import struct
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -107,6 +109,33 @@ def udp4(source: str, target: str, ports: tuple[int, int], payload: bytes, check
         udp = udp[:6] + struct.pack("!H", total) + payload
     head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + size, 0, 0, 64, 17, 0) + ends
     return head[:10] + struct.pack("!H", internet_checksum(head)) + head[12:] + udp
+
+
+def syn(family: int, source: str, target: str, ports: tuple[int, int], sequence: int) -> bytes:
+    """An IP packet with a SYN, as a kernel's: MSS, SACK permitted, timestamps, window scale."""
+    options = bytes.fromhex("020405b4 0402 080a 00001234 00000000 01 030307".replace(" ", ""))
+    tcp = struct.pack("!HHIIBBHHH", *ports, sequence, 0, 0xA0, 2, 64240, 0, 0) + options
+    kind = socket.AF_INET if family == 4 else socket.AF_INET6
+    ends = socket.inet_pton(kind, source) + socket.inet_pton(kind, target)
+    pseudo = ends + struct.pack("!II", 6, len(tcp))     # both families' sums are alike
+    tcp = tcp[:16] + struct.pack("!H", internet_checksum(pseudo + tcp)) + tcp[18:]
+    if family == 6:
+        return struct.pack("!IHBB", 6 << 28, len(tcp), 6, 64) + ends + tcp
+    head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(tcp), 0, 0x4000, 64, 6, 0) + ends
+    return head[:10] + struct.pack("!H", internet_checksum(head)) + head[12:] + tcp
+
+
+def syn_flood(device: str, family: int, target: str, port: int, seconds: float, link: bytes = b"") -> int:
+    """Sends SYNs of very many clients that do not exist, neighbours of `target`, until the time is over; how many.
+    `link`: what comes before each packet, an Ethernet header on an Ethernet."""
+    choose = random.Random(1)
+    before = target.rpartition("." if family == 4 else ":")[0] + (".{}" if family == 4 else ":{:x}")
+    frames = [link + syn(family, before.format(choose.randrange(3, 250)), target,
+                         (choose.randrange(1024, 65536), port), choose.getrandbits(32)) for _ in range(8192)]
+    sent, end = 0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        sent += flood(device, frames, 8 * len(frames))
+    return sent
 
 
 def internet_checksum(data: bytes) -> int:

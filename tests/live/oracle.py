@@ -188,7 +188,7 @@ class Meaning:
         return _join(key, pieces), len(pieces)
 
 
-# -- the rules ---------------------------------------------------------------------------------------------
+# -- the rules --------------------------------------------------------------------------------
 
 
 def _whole4(layer: Packet) -> Packet | None:
@@ -259,7 +259,7 @@ def _datagram_bytes(packet: Packet, body: bytes) -> int:
     return size if right else 0
 
 
-# -- fragments ---------------------------------------------------------------------------------------------
+# -- fragments --------------------------------------------------------------------------------
 
 
 def _is_fragment(packet: Packet) -> bool:

@@ -63,7 +63,7 @@ def inside(namespace: Namespace, text: str, **options: Any) -> Iterator[Running]
         yield process
 
 
-# -- shared by flow --------------------------------------------------------------------------------------------
+# -- shared by flow --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_four_consumers_share_a_thousand_flows(between: tuple[Namespace, Namespa
     assert "pcq_full" not in ledger["dropped"] and "kernel_dropped" not in ledger["dropped"]
 
 
-# -- it says nothing -------------------------------------------------------------------------------------------
+# -- it says nothing --------------------------------------------------------------------------------
 
 
 def provocations(target: bytes) -> list[bytes]:
@@ -226,7 +226,7 @@ def test_nothing_is_ever_transmitted() -> None:
     assert ledger["dropped"] == {"arp": 20, "no_socket": 80}
 
 
-# -- as fast as it can be sent -----------------------------------------------------------------------------------
+# -- as fast as it can be sent --------------------------------------------------------------------------------
 
 
 @njit

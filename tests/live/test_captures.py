@@ -84,7 +84,7 @@ def compared(records: Sequence[Record], path: Path) -> list[Record]:
     return without_times(records) if path.name in NO_TIMES else list(records)
 
 
-# -- listening -----------------------------------------------------------------------------------------------
+# -- listening --------------------------------------------------------------------------------
 
 
 class Listener:
@@ -130,7 +130,7 @@ def ends(column: Any) -> list[tuple[str, int]]:
     return [(oracle.host(bytes(address), family), port) for family, port, address in column.tolist()]
 
 
-# -- replay --------------------------------------------------------------------------------------------------
+# -- replay --------------------------------------------------------------------------------
 
 
 def replay(files: Sequence[Path], cores: Sequence[int], tapped: bool) -> dict[Path, Heard]:

@@ -332,7 +332,7 @@ def test_broadcast(world: World, dp: dataplane.Dataplane) -> None:
     assert [sock.recv(WATCHDOG) for sock in socks] == [b"all of you"] * 2
 
 
-# -- what others are shown -------------------------------------------------------------------------------------
+# -- what others are shown --------------------------------------------------------------------------------
 
 
 def test_ss_and_stat(world: World, dp: dataplane.Dataplane) -> None:

@@ -80,7 +80,7 @@ def in_shm(name: str) -> list[str]:
     return [path for path in os.listdir("/dev/shm") if name in path]
 
 
-# -- wrong requests ------------------------------------------------------------------------------------------
+# -- wrong requests --------------------------------------------------------------------------------
 
 
 def test_unknown_dataplane(steady: Running) -> None:
@@ -157,7 +157,7 @@ def attempt(dp: dataplane.Dataplane, kind: str, *arguments: Any) -> str:
         return "PermissionError"
 
 
-# -- a consumer dies -------------------------------------------------------------------------------------------
+# -- a consumer dies --------------------------------------------------------------------------------
 
 
 def sleeper(name: str, ready: int) -> None:
@@ -232,7 +232,7 @@ def test_one_of_two_rx_workers_is_killed() -> None:
     kill_workers(4, 2, "poll", 0)
 
 
-# -- the supervisor dies -----------------------------------------------------------------------------------------
+# -- the supervisor dies --------------------------------------------------------------------------------
 
 
 def test_the_supervisor_is_killed() -> None:
