@@ -335,7 +335,8 @@ def report(what: str, rates: dict[str, list[float]], options: argparse.Namespace
         "bench": f"tcp.{what}", "unit": UNITS[what], "median": round(median["dataplane"], 1),
         "spread": round(spread["dataplane"], 3), "kernel": round(median["kernel"], 1),
         "kernel_spread": round(spread["kernel"], 3), "ratio": round(median["dataplane"] / median["kernel"], 3),
-        "idle": options.idle, "spin_us": options.spin_us, "cores": options.cores, "peer_core": options.peer_core, "machine": platform.processor() or platform.machine()}),
+        "idle": options.idle, "spin_us": options.spin_us,
+        "cores": options.cores, "peer_core": options.peer_core, "machine": platform.processor() or platform.machine()}),
         flush=True)
 
 
