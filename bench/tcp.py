@@ -299,7 +299,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bytes", type=int, default=1 << 30, help="of a bulk transfer")
     parser.add_argument("--requests", type=int, default=50_000)
     parser.add_argument("--connections", type=int, default=10_000)
-    parser.add_argument("--idle", default="adaptive", help="the RX worker's idle strategy")
+    parser.add_argument("--idle", default="poll", help="the RX worker's idle strategy: it has no core of its own")
     parser.add_argument("--spin-us", type=float, default=200.0, help="how long the consumer spins before it sleeps")
     parser.add_argument("--cores", type=int, nargs=2, default=cores, help="RX worker's and server's")
     parser.add_argument("--peer-core", type=int, default=cores[0], help="the peer's; -1: the scheduler decides")
