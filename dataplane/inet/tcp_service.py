@@ -9,7 +9,7 @@ It never waits for a lock: who holds it looks again (tcp/service.py).
 
 Bulk data are the exception. To process them is to copy them, and an owner who has called a moment ago is about to do
 that on its own core, ACK and all. So they are left to it, until they are _PILE of a lane, or for _PATIENCE_NS:
-then the continuation worker comes. Measured on two cores: 1.5 times the throughput.
+then the continuation worker comes. Measured on two cores, against the kernel's own: 0.78 instead of 0.66.
 """
 
 from __future__ import annotations
