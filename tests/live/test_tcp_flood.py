@@ -72,16 +72,16 @@ def counted(dp: dataplane.Dataplane) -> tuple[int, int]:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("seconds", [1.0, pytest.param(30.0, marks=pytest.mark.stress)])
+@pytest.mark.parametrize(("seconds", "clients"), [(1.0, 512), pytest.param(30.0, 8192, marks=pytest.mark.stress)])
 @pytest.mark.parametrize("family", [4, 6], ids=["ipv4", "ipv6"])
-def test_a_client_connects_and_transfers_through_a_flood(w: World, family: int, seconds: float) -> None:
+def test_a_client_connects_and_transfers_through_a_flood(w: World, family: int, seconds: float, clients: int) -> None:
     with pipe() as (ready, tell_ready):
         server = w.consumer(serve, OURS[family], PORT, tell_ready)
         os.read(ready, 1)
     link = b""
     if w.kind == "af_packet":
         link = mac(*w.near) + mac(w.peer, w.device) + (b"\x08\x00" if family == 4 else b"\x86\xdd")
-    flood = w.peer.fork(syn_flood, w.device, family, OURS[family], PORT, 1000, link)
+    flood = w.peer.fork(syn_flood, w.device, family, OURS[family], PORT, 1000, link, clients)
     try:
         with dataplane.attach(w.name) as dp:
             still = counted(dp)[0] + 20_000
@@ -96,4 +96,4 @@ def test_a_client_connects_and_transfers_through_a_flood(w: World, family: int, 
     handled, lost = ((b - a) / duration for a, b in zip(before, after, strict=True))
     print(f"{w.kind} ipv{family}: {handled:.0f} SYN/s handled, {lost:.0f}/s lost before us; {len(times)} transfers of "
           f"{SIZE >> 10} KiB, median {statistics.median(times):.2f} s, longest {max(times):.2f} s")
-    assert handled > 20_000, "this is no flood"
+    assert handled > 5_000, "this is no flood"
