@@ -11,20 +11,12 @@ owners that are being taken apart it learns again from its `ContinuationPost`.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
-import signal
 import socket
-import sys
-import traceback
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import psutil
 
 from dataplane.config import Config
 from dataplane.inet.tcp_continue import (
@@ -50,7 +42,7 @@ from dataplane.shm.atomics import ld64
 from dataplane.shm.libc import ppoll, read
 from workers import orders
 from workers.duty import POLLIN, pollfd
-from workers.rx import take_mail
+from workers.process import WorkerProcess, live
 
 __all__ = ["ContinuationPost", "doze", "home_bytes", "mourn", "work"]
 
@@ -58,7 +50,6 @@ BUDGET = 256                # connections of one step: some milliseconds at most
 NAP_NS = 500_000_000        # longest sleep while reports wait for a supervisor that does not read
 _POLLOUT = 4
 _ORDERS, _DOORBELL, _SCRATCH, _NAP_BYTES = 0, 8, 64, 4096
-_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
 def home_bytes(tx_ring_bytes: int) -> int:
@@ -99,17 +90,13 @@ class ContinuationPost:
     gone: list[int] = field(default_factory=list)   # consumers that have died and are not yet taken apart
 
 
-class ContinuationWorker:
+class ContinuationWorker(WorkerProcess):
     """One continuation worker, from its fork to its end."""
 
     def __init__(self, post: ContinuationPost) -> None:
+        super().__init__(post.arena, post.table, post.channel, post.supervisor, post.obeyed)
         self._post = post
-        self._mem, self._table = post.arena.mem, post.table
-        self._obeyed = post.obeyed
-        self._events: dict[int, int] = {}
-        self._reports: deque[bytes] = deque()
-        self._stopping = self._orphaned = False
-        self._settle_in()
+        self._settle_in("dataplane-kcont", sorted(os.sched_getaffinity(0) - set(post.config.cores)))
         table = post.table
         dead = table.get(table.worker(table.workers) + L.W_STAMP)
         self._w = K.attach_area(post.arena, table, post.home, post.config.sockets.tx_ring_bytes, post.rope, post.stamp)
@@ -136,27 +123,6 @@ class ContinuationWorker:
             queue = (table.get(table.offset + L.T_SLOT_QUEUES)
                      + worker * table.get(table.offset + L.T_SLOT_QUEUE_BYTES))
             Pcq(self._mem, queue).repair(dead)
-
-    def _settle_in(self) -> None:
-        """The process's own affairs: signals, the supervisor's death, cores, the garbage collector."""
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._terminated)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        libc.prctl(_PR_SET_NAME, b"dataplane-kcont", 0, 0, 0)
-        if os.getppid() != self._post.supervisor:
-            self._orphaned = True
-        if others := sorted(os.sched_getaffinity(0) - set(self._post.config.cores)):
-            psutil.Process().cpu_affinity(others)
-        gc.disable()
-        gc.freeze()
-
-    def _terminated(self, number: int, frame: Any) -> None:
-        self._orphaned = os.getppid() != self._post.supervisor
-        self._stopping = True
 
     # -- the loop --------------------------------------------------------------------------------------------
 
@@ -195,87 +161,22 @@ class ContinuationWorker:
         for first in range(0, count, orders.FREED_MAX):
             self._report(orders.Freed(numbers[first:first + orders.FREED_MAX]))
 
-    def _report(self, report: orders.Report) -> None:
-        self._reports.append(orders.encode(report))
-        self._send()
-
-    def _send(self) -> None:
-        """As many reports as the supervisor has room for: stopped, it holds up nothing here."""
-        while self._reports:
-            try:
-                self._post.channel.send(self._reports[0])
-            except BlockingIOError:
-                return
-            except OSError:
-                self._orphaned = True
-                return
-            self._reports.popleft()
-
-    # -- orders ----------------------------------------------------------------------------------------------
-
-    def _read_orders(self) -> None:
-        take_mail(self._mem, self._w)
-        before = self._obeyed
-        while True:
-            try:
-                data, descriptors, _, _ = socket.recv_fds(self._post.channel, orders.MAX_ORDER, 1)
-            except BlockingIOError:
-                break
-            except OSError:
-                data, descriptors = b"", []
-            if not data:
-                self._orphaned = True
-                return
-            self._obey(orders.decode_order(data), descriptors[0] if descriptors else -1)
-            self._obeyed += 1
-        if self._obeyed != before:
-            self._report(orders.Obeyed(self._obeyed))
-
     def _obey(self, order: orders.Order, descriptor: int) -> None:
         match order:
-            case orders.Map():
-                self._post.arena.map_fd(descriptor, order.bytes, at=order.offset)
-                os.close(descriptor)
-            case orders.Unmap():
-                self._post.arena.unmap(order.offset, order.bytes)
-            case orders.Listen():
-                self._listen(order.number, descriptor, order.consumer)
-            case orders.Forget():
-                self._listen(order.number, -1, 0)
             case orders.Abandon():
                 continue_abandon(self._mem, self._w, order.consumer)
             case orders.Reset():
                 continue_reset(self._mem, self._w, order.pcb)
             case orders.Unlisten():
                 continue_unlisten(self._mem, self._w, order.listener)
-            case orders.Stop():
-                self._stopping = True
-            case _:             # about transmitting for consumers: the RX workers' alone
-                pass
-
-    def _listen(self, number: int, descriptor: int, consumer: int) -> None:
-        """Let the kernels find the bell `number`; -1: no longer."""
-        entry = self._table.get(self._w + L.W_EVENTS) + 16 * number
-        self._table.put(entry, descriptor)
-        self._table.put(entry + 8, consumer)
-        if (former := self._events.pop(number, -1)) >= 0:
-            os.close(former)
-        if descriptor >= 0:
-            self._events[number] = descriptor
+            case _:
+                super()._obey(order, descriptor)
 
 
 def work(post: ContinuationPost, close_others: Callable[[], None]) -> None:
     """The continuation worker's whole life, in the forked process. Ends the process."""
-    status = 1
-    try:
+    def run() -> None:
         close_others()
         ContinuationWorker(post).run()
-        status = 0
-    except BaseException as error:
-        traceback.print_exc()
-        try:
-            post.channel.send(orders.encode(orders.Failed(f"{type(error).__name__}: {error}")))
-        except OSError:
-            print("the supervisor is gone", file=sys.stderr)
-    finally:
-        os._exit(status)
+
+    live(run, post.channel)

@@ -21,13 +21,13 @@ from dataplane.pcb import lookup, reuseport, slots
 from dataplane.rings import pcq, wake
 from dataplane.shm import epoch
 from dataplane.tcp import syncache
-from workers import continuation, duty, rx
+from workers import continuation, duty, process, rx
 
 __all__ = ["warm_up"]
 
 WORKERS: tuple[ModuleType, ...] = (
     epoch, lookup, reuseport, slots, pcq, wake, ledger, syncache, fragment_table, neighbour_table, step, transmit,
-    tcp_accept, tcp_service, tcp_continue, schedule, duty, rx, continuation)
+    tcp_accept, tcp_service, tcp_continue, schedule, duty, process, rx, continuation)
 CONSUMERS: tuple[ModuleType, ...] = (drain, fields, client_transmit)
 _COLD = 1.0     # seconds; loading takes less
 

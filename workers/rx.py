@@ -9,19 +9,13 @@ It writes its own worker block and what the kernels write. It never waits for an
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
-import signal
 import socket
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import psutil
 
 from dataplane.config import Config
 from dataplane.inet.step import all_ended, finish, may_sleep, step, woke
@@ -33,36 +27,19 @@ from dataplane.pcb.table import Table
 from dataplane.rings.wake import ring_wake, wake_ring
 from dataplane.shm import layout as L
 from dataplane.shm.arena import Arena
-from dataplane.shm.atomics import exchange, ld64, store_release
+from dataplane.shm.atomics import ld64
 from dataplane.shm.bell import ring
 from dataplane.shm.epoch import mark_offline, mark_online
 from dataplane.shm.layout_tcp import CONN_WAKE
 from workers import orders
 from workers.duty import NAP_BYTES, NAP_DOORBELL, NAP_ORDERS, Duty, nap, pollfd
+from workers.process import WorkerProcess, live
 
 BUDGET = 256                # rounds of a step: some milliseconds at most, for signals have to wait so long
 NAP_NS = 500_000_000        # longest sleep: a signal that came just before it is served then
-_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
 # -- kernels for both ends of the order channel, and for the end of all --------------------------------------
-
-
-@kernel("i64(mem, i64)")
-def post_mail(mem, w):
-    """Supervisor: an order has been sent to the worker at `w`. A worker that sleeps sees it come; one that
-    is busy looks at this word only."""
-    # SYNC mailbox: behind the send; pairs with the exchange in take_mail; else the worker could clear the
-    # word for an order that it does not see yet.
-    store_release(mem, w + L.W_MAILBOX, 1)
-    return 0
-
-
-@kernel("i64(mem, i64)")
-def take_mail(mem, w):
-    """Worker: clears the word before it reads the channel until that is empty."""
-    # SYNC mailbox: full barrier before the reads of the channel, pairs with the release in post_mail.
-    return exchange(mem, w + L.W_MAILBOX, 0)
 
 
 @kernel("i64(mem, i64)")
@@ -104,17 +81,15 @@ class Post:
     homes: dict[int, int] = field(default_factory=dict)     # consumers, by number
 
 
-class RxWorker:
+class RxWorker(WorkerProcess):
     """One worker, from its fork to its end."""
 
     def __init__(self, post: Post) -> None:
+        super().__init__(post.arena, post.table, post.channel, post.supervisor, post.obeyed)
         self._post = post
-        self._mem, self._table = post.arena.mem, post.table
         self._duty = Duty(post.config.rx.idle, post.config.rx.spin_us)
-        self._obeyed = post.obeyed
-        self._events: dict[int, int] = {}
-        self._ended = self._stopping = self._orphaned = False
-        self._settle_in()
+        self._ended = False
+        self._settle_in(f"dataplane-rx{post.index}", [post.core])
         inet = post.config.inet
         self._w = attach_private(post.arena, post.table, post.index, inet.fragments, inet.fragment_timeout,
                                  post.stamp)
@@ -129,26 +104,6 @@ class RxWorker:
         mailbox, want = self._w + L.W_MAILBOX, self._w + L.W_WANT
         self._mailbox = self._mem[mailbox:mailbox + 8].view(np.int64).data
         self._want = self._mem[want:want + 8].view(np.int64).data
-
-    def _settle_in(self) -> None:
-        """The process's own affairs: signals, the supervisor's death, the core, the garbage collector."""
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)   # Ctrl-C goes to all; stopping us is the supervisor's
-        signal.signal(signal.SIGTERM, self._terminated)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        libc.prctl(_PR_SET_NAME, f"dataplane-rx{self._post.index}".encode(), 0, 0, 0)
-        if os.getppid() != self._post.supervisor:
-            self._orphaned = True
-        psutil.Process().cpu_affinity([self._post.core])
-        gc.disable()
-        gc.freeze()
-
-    def _terminated(self, number: int, frame: Any) -> None:
-        self._orphaned = os.getppid() != self._post.supervisor
-        self._stopping = True
 
     # -- the loop --------------------------------------------------------------------------------------------
 
@@ -182,6 +137,7 @@ class RxWorker:
 
     def _sleep(self) -> None:
         self._look_for_end()
+        self._send()
         wait = may_sleep(self._mem, self._w)
         if wait != 0:
             nap(self._mem, self._w, self._fds, min(wait, NAP_NS) if wait > 0 else NAP_NS)
@@ -199,66 +155,21 @@ class RxWorker:
 
     # -- orders ----------------------------------------------------------------------------------------------
 
-    def _report(self, report: orders.Report) -> None:
-        try:
-            self._post.channel.send(orders.encode(report))
-        except OSError:
-            self._orphaned = True
-
-    def _read_orders(self) -> None:
-        take_mail(self._mem, self._w)
-        before = self._obeyed
-        while True:
-            try:
-                data, descriptors, _, _ = socket.recv_fds(self._post.channel, orders.MAX_ORDER, 1)
-            except BlockingIOError:
-                break
-            except OSError:
-                data, descriptors = b"", []
-            if not data:
-                self._orphaned = True
-                return
-            self._obey(orders.decode_order(data), descriptors[0] if descriptors else -1)
-            self._obeyed += 1
-        if self._obeyed != before:
-            self._report(orders.Obeyed(self._obeyed))
-
     def _obey(self, order: orders.Order, descriptor: int) -> None:
         match order:
-            case orders.Map():
-                self._post.arena.map_fd(descriptor, order.bytes, at=order.offset)
-                os.close(descriptor)
-            case orders.Unmap():
-                self._post.arena.unmap(order.offset, order.bytes)
             case orders.Adopt():
                 self._adopt(order.consumer, order.home)
             case orders.Release():
                 if home := self._post.homes.pop(order.consumer, 0):
                     remove_consumer(self._mem, self._w, home)
-            case orders.Listen():
-                self._listen(order.number, descriptor, order.consumer)
-            case orders.Forget():
-                self._listen(order.number, -1, 0)
             case orders.Unlisten():
                 slots.forget(self._mem, self._w, order.listener)
-            case orders.Abandon() | orders.Reset():
-                pass        # the continuation worker's
-            case orders.Stop():
-                self._stopping = True
+            case _:
+                super()._obey(order, descriptor)
 
     def _adopt(self, consumer: int, home: int) -> None:
         self._post.homes[consumer] = home
         add_consumer(self._mem, self._w, home, consumer)
-
-    def _listen(self, number: int, descriptor: int, consumer: int) -> None:
-        """Let the kernels find the bell `number`; -1: no longer."""
-        entry = self._table.get(self._w + L.W_EVENTS) + 16 * number
-        self._table.put(entry, descriptor)
-        self._table.put(entry + 8, consumer)
-        if (former := self._events.pop(number, -1)) >= 0:
-            os.close(former)
-        if descriptor >= 0:
-            self._events[number] = descriptor
 
 
 def ring_homes(mem: Any, homes: list[int]) -> None:
@@ -271,17 +182,8 @@ def ring_homes(mem: Any, homes: list[int]) -> None:
 
 def work(post: Post, close_others: Callable[[], None]) -> None:
     """The worker's whole life, in the forked process. Ends the process."""
-    status = 1
-    try:
+    def run() -> None:
         close_others()
-        worker = RxWorker(post)
-        worker.run()
-        status = 0
-    except BaseException as error:
-        traceback.print_exc()
-        try:
-            post.channel.send(orders.encode(orders.Failed(f"{type(error).__name__}: {error}")))
-        except OSError:
-            print("the supervisor is gone", file=sys.stderr)
-    finally:
-        os._exit(status)
+        RxWorker(post).run()
+
+    live(run, post.channel)

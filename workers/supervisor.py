@@ -38,7 +38,7 @@ from dataplane.shm import layout as L
 from dataplane.shm.arena import Arena
 from dataplane.shm.bell import ring
 from dataplane.shm.segment import Segment, segment_name
-from workers import continuation, leavings, rx
+from workers import continuation, leavings, process, rx
 from workers.crew import Crew, Worker
 from workers.kernels import warm_up
 from workers.owners import Memory
@@ -219,7 +219,7 @@ class Supervisor:
             obeyed=worker.ordered, consumers=consumers, events=self._service.events()), close_others)
 
     def _mail(self, worker: Worker) -> None:
-        rx.post_mail(self._arena.mem, self._table.worker(worker.index))
+        process.post_mail(self._arena.mem, self._table.worker(worker.index))
 
     def _died(self, worker: Worker, reason: str) -> None:
         """A worker is dead: what it had in its hands is lost and counted, whom it may have been about to

@@ -18,7 +18,7 @@ from dataplane.shm import layout as L
 from dataplane.shm import layout_tcp as T
 from dataplane.shm.bell import new_bell
 from tests.kcont.rig import SECOND, TX, Rig, now
-from workers import continuation, orders, rx
+from workers import continuation, orders, process, rx
 
 GONE = T.REQ_CLOSED | T.REQ_SHUTDOWN
 WATCHDOG = 20.0
@@ -76,7 +76,7 @@ class Post:
     def order(self, order: orders.Order) -> None:
         self.ordered += 1
         self.channel.send(orders.encode(order))
-        rx.post_mail(self.rig.mem, self.rig.table.worker(self.rig.table.workers))
+        process.post_mail(self.rig.mem, self.rig.table.worker(self.rig.table.workers))
         self.wait(lambda: self.obeyed == self.ordered)
 
     def wait(self, condition: Any) -> None:
