@@ -153,7 +153,8 @@ class Bed:
     def _netif(self, addresses: Sequence[str], backpressure: bool) -> None:
         flags = (0 if addresses else L.NF_PASSIVE) | (L.NF_BACKPRESSURE if backpressure else 0)
         words = {L.N_RX: rx.address, L.N_DONE: done.address, L.N_TX: tx.address, L.N_LINK: L.LINK_ETHERNET,
-                 L.N_FLAGS: flags, L.N_FD: -1, L.N_MTU: 1500, L.N_MAC: 0x010000000002,
+                 L.N_FLAGS: flags, L.N_FD: -1, L.N_FDS_SYN: -1, L.N_FDS_SYN + 8: -1,
+                 L.N_MTU: 1500, L.N_MAC: 0x010000000002,
                  L.N_ADDRESS_COUNT: len(addresses), _INDEX: self.arena.map_anonymous(L.BURST * _ENTRY)}
         for number, text in enumerate(addresses):
             interface = ipaddress.ip_interface(text)

@@ -18,7 +18,7 @@ POLLIN = 1
 NAP_BYTES = 4096            # what `nap` needs: pollfds, and behind them room for a timespec and a read
 NAP_ORDERS, NAP_DOORBELL, NAP_NETIFS = 0, 8, 16
 _SCRATCH = 2048
-assert NAP_NETIFS + 8 * L.NIF_MAX <= _SCRATCH
+assert NAP_NETIFS + 24 * L.NIF_MAX <= _SCRATCH
 
 
 class Duty:
@@ -59,10 +59,13 @@ def nap(mem, w, fds, timeout_ns):
     count = NAP_NETIFS // 8
     for i in range(ld64(mem, w + L.W_NIF_COUNT)):
         nif = ld64(mem, w + L.W_NIF + 8 * i)
-        fd = ld64(mem, nif + L.N_FD)
-        if fd >= 0 and ld64(mem, nif + L.N_STATUS) == L.NS_RUNNING:
-            st64(mem, fds + 8 * count, (POLLIN << 32) | fd)
-            count += 1
+        if ld64(mem, nif + L.N_STATUS) != L.NS_RUNNING:
+            continue
+        for at in (L.N_FD, L.N_FDS_SYN, L.N_FDS_SYN + 8):
+            fd = ld64(mem, nif + at)
+            if fd >= 0:
+                st64(mem, fds + 8 * count, (POLLIN << 32) | fd)
+                count += 1
     ready = ppoll(mem, fds, count, timeout_ns, fds + _SCRATCH)
     doorbell = ld64(mem, fds + NAP_DOORBELL)
     if ready > 0 and (doorbell >> 48) & POLLIN:

@@ -45,6 +45,9 @@ BUFFER = 80             # place of the buffer in the arena
 CLOCK = 96              # scratch: struct timespec
 IOV = 112               # two struct iovec: the virtio-net header, the frame
 HEADER = 144            # the virtio-net header of what we send
+READ_RESULT = 160       # of the last read(2)
+READ_TIME = 168         # CLOCK_REALTIME ns of the first frame of the last refill
+SYN_REST = 176          # bursts in which the queues of SYNs are still left alone
 
 READY_BITS = 56         # the arena has 2^44 bytes
 READY_MASK = (1 << READY_BITS) - 1
@@ -59,7 +62,9 @@ SLOT_FRAME = 44
 READ_BYTES = V.BYTES + 14 + 8 + 65535    # an Ethernet header, two VLAN tags and the largest IP packet
 SLOT_BYTES = (SLOT_HEADER + READ_BYTES + 63) // 64 * 64
 REFILL_BYTES = 1 << 18      # more is not read at once: super-segments are still in the cache when they are copied
-BUFFER_BYTES = REFILL_BYTES + SLOT_BYTES
+SYN_BYTES = 1 << 14         # nor more of SYNs, besides
+BUFFER_BYTES = REFILL_BYTES + SYN_BYTES + 2 * SLOT_BYTES
+SYN_RESTS = 8               # bursts in which the queues of SYNs are left alone, when they were empty
 
 # -- linux/if_tun.h ----------------------------------------------------------------------------------------
 IFF_TUN, IFF_TAP, IFF_MULTI_QUEUE, IFF_NO_PI, IFF_VNET_HDR, IFF_TUN_EXCL = 1, 2, 0x100, 0x1000, 0x4000, 0x8000
@@ -148,29 +153,57 @@ def _flags(mem, nif, at):
 
 
 @inlined
-def _refill(mem, nif, limit):
-    """Reads up to `limit` frames into the buffer, which must hold none: 0, or -errno."""
+def _read_frames(mem, nif, fd, so_far, limit, end):
+    """Reads frames until there are `limit` or their place is past `end`. `so_far`: frames in the buffer <<
+    READY_BITS | place behind them; what that is afterwards. READ_RESULT: what the last read(2) gave."""
     own = nif + L.N_PRIVATE
-    fd = ld64(mem, nif + L.N_FD)
-    first = ld64(mem, own + BUFFER)
-    at, count, now, size = first, 0, 0, 0
-    while count < limit and at < first + REFILL_BYTES:
+    at, count = so_far & READY_MASK, so_far >> READY_BITS
+    now = ld64(mem, own + READ_TIME)
+    while count < limit and at < end:
         size = read(mem, fd, at + SLOT_HEADER, READ_BYTES)
+        st64(mem, own + READ_RESULT, size)
         if size <= V.BYTES:
             break
         if count == 0:
             now = clock_ns(mem, own + CLOCK, CLOCK_REALTIME)
+            st64(mem, own + READ_TIME, now)
         size -= V.BYTES
         st64(mem, at + SLOT_SIZE, size)
         st64(mem, at + SLOT_FLAGS, _flags(mem, nif, at))
         st64(mem, at + SLOT_TIME, now)
         at = _next_slot(at, size)
         count += 1
+    return count << READY_BITS | at
+
+
+@inlined
+def _read_syns(mem, nif, first, limit):
+    """Reads up to `limit` SYNs, from those whose turn it is while there are any; as _read_frames."""
+    at = nif + L.N_FDS_SYN
+    filled = _read_frames(mem, nif, ld64(mem, at), first, limit, first + SYN_BYTES)
+    return _read_frames(mem, nif, ld64(mem, at + 8), filled, limit, first + SYN_BYTES)
+
+
+@inlined
+def _refill(mem, nif, limit):
+    """Reads up to `limit` frames into the buffer, which must hold none: 0, or -errno. SYNs are at most a quarter of
+    them, however many there are. When there was none, their queues are left alone while others keep us busy, for some
+    bursts: asking costs system calls."""
+    own = nif + L.N_PRIVATE
+    first = ld64(mem, own + BUFFER)
+    rest = ld64(mem, own + SYN_REST) - 1
+    filled = first
+    if rest < 0 and ld64(mem, nif + L.N_FDS_SYN) >= 0:
+        filled = _read_syns(mem, nif, first, max(limit >> 2, 1))
+        rest = SYN_RESTS if filled == first else 0
+    filled = _read_frames(mem, nif, ld64(mem, nif + L.N_FD), filled, limit, (filled & READY_MASK) + REFILL_BYTES)
+    count = filled >> READY_BITS
+    st64(mem, own + SYN_REST, rest if count != 0 else 0)
     # SYNC tuntap-ready: release, pairs with `rx` of a replacement worker; else it could find slots that are not
     # all written.
     store_release(mem, own + READY, count << READY_BITS | first)
-    failed = count == 0 and size < 0 and size != -errno.EAGAIN and size != -errno.EINTR
-    return size if failed else 0
+    size = ld64(mem, own + READ_RESULT)
+    return size if count == 0 and size < 0 and size != -errno.EAGAIN and size != -errno.EINTR else 0
 
 
 @callback(3)
@@ -258,19 +291,20 @@ class Tuntap:
         self._settings = settings
         self._arena = arena
         self._kind = kind
-        self._fds: list[int] = []
+        self._fds: list[int] = []           # a descriptor for each queue
+        self._syn_fds: list[int] = []       # then those of SYNs (_steering.py); none where they cannot be kept apart
         self._buffers: list[int] = []
         self._words = [_address.words(arena.mem, nif) for nif in nifs]
         self._counters = -1
         try:
             if problem := _address.taken(settings.addresses + settings.host):
                 raise self._fail(problem)
-            for queue, nif in enumerate(nifs):
+            for queue in range(queues):
                 self._fds.append(self._open_queue(first=queue == 0))
+            self._steer()
+            for queue, nif in enumerate(nifs):
                 self._buffers.append(arena.map_anonymous(BUFFER_BYTES, shared=True))
                 self._fill(queue, nif)
-            if queues > 1:
-                _steering.attach(self._fds[0])
             # Of this thread's network namespace, also when it is read from another one.
             self._counters = os.open("/proc/thread-self/net/dev", os.O_RDONLY | os.O_CLOEXEC)
             self._set_up()
@@ -297,13 +331,13 @@ class Tuntap:
 
     def close(self) -> None:
         """Removes the device. The workers must have ended: it lives until the last descriptor is closed."""
-        for fd in self._fds:
+        for fd in self._fds + self._syn_fds:
             os.close(fd)
         for buffer in self._buffers:
             self._arena.unmap(buffer, BUFFER_BYTES)
         if self._counters >= 0:
             os.close(self._counters)
-        self._fds, self._buffers, self._counters = [], [], -1
+        self._fds, self._syn_fds, self._buffers, self._counters = [], [], [], -1
 
     def _fail(self, what: str) -> DataplaneError:
         return DataplaneError(f"{self._kind} {self.name}: {what}")
@@ -324,12 +358,30 @@ class Tuntap:
             raise self._fail(_reason(error)) from None
         return fd
 
+    def _steer(self) -> None:
+        """Flows stay in their queues, and SYNs get queues of their own if we answer any."""
+        flows = len(self._fds)
+        if self.passive:
+            if flows > 1:
+                _steering.attach(self._fds[0], flows, apart=False)
+            return
+        with contextlib.suppress(DataplaneError):       # the kernel allows no more: better without
+            for _ in range(2 * flows):
+                self._syn_fds.append(self._open_queue(first=False))
+        apart = len(self._syn_fds) == 2 * flows
+        if not _steering.attach(self._fds[0], flows, apart) or not apart:
+            for fd in self._syn_fds:
+                os.close(fd)
+            self._syn_fds = []
+
     def _fill(self, queue: int, offset: int) -> None:
         nif = self._words[queue]
         nif[L.N_RX // 8], nif[L.N_DONE // 8] = rx.address, done.address
         nif[L.N_TX // 8] = 0 if self.passive else tx.address
         nif[L.N_LINK // 8] = L.LINK_RAW if self._kind == "tun" else L.LINK_ETHERNET
         nif[L.N_FD // 8] = self._fds[queue]
+        syns = self._syn_fds[queue::len(self._fds)] or [-1, -1]
+        nif[L.N_FDS_SYN // 8], nif[L.N_FDS_SYN // 8 + 1] = syns
         nif[L.N_MTU // 8] = self.mtu
         if self._kind == "tap":
             nif.view(np.uint8)[L.N_MAC:L.N_MAC + 6] = np.frombuffer(own_mac(self.name), np.uint8)

@@ -464,6 +464,7 @@ class Netif:
         nif[L.N_TX // 8] = 0 if self.passive else tx.address
         nif[L.N_LINK // 8] = L.LINK_ETHERNET
         nif[L.N_FD // 8] = self._sockets[queue].fileno()
+        nif[L.N_FDS_SYN // 8] = nif[L.N_FDS_SYN // 8 + 1] = -1
         nif[L.N_MTU // 8] = self.mtu
         nif.view(np.uint8)[L.N_MAC:L.N_MAC + 6] = np.frombuffer(self._device.mac, np.uint8)
         _address.fill(nif, self._settings)

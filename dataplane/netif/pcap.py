@@ -374,7 +374,8 @@ class Netif:
         flags = L.NF_PASSIVE | (L.NF_BACKPRESSURE if pace == FAST else 0)
         for word, value in (
             (L.N_RX, rx.address), (L.N_DONE, done.address), (L.N_TX, 0), (L.N_LINK, L.LINK_RAW),
-            (L.N_FLAGS, flags), (L.N_FD, -1), (L.N_MTU, self.mtu), (L.N_START, settings.start),
+            (L.N_FLAGS, flags), (L.N_FD, -1), (L.N_FDS_SYN, -1), (L.N_FDS_SYN + 8, -1),
+            (L.N_MTU, self.mtu), (L.N_START, settings.start),
         ):
             self._word(nif + word, value)
         for word, value in (

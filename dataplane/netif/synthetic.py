@@ -327,7 +327,7 @@ class Netif:
         flags = L.NF_PASSIVE | (L.NF_BACKPRESSURE if settings.backpressure else 0)
         self._words(nif, {
             L.N_RX: rx.address, L.N_DONE: done.address, L.N_TX: 0, L.N_LINK: L.LINK_RAW, L.N_FLAGS: flags,
-            L.N_FD: -1, L.N_MTU: self.mtu, L.N_START: settings.start})
+            L.N_FD: -1, L.N_FDS_SYN: -1, L.N_FDS_SYN + 8: -1, L.N_MTU: self.mtu, L.N_START: settings.start})
         rate, unit = _pace.ratio(settings.rate) if settings.rate else (0, 0)
         order = IMIX_PATTERN if len(settings.sizes) > 1 else (0,)
         self._words(nif + L.N_PRIVATE, {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 import time
@@ -12,11 +13,12 @@ from collections.abc import Iterator
 import pytest
 
 from dataplane.errors import DataplaneError
-from dataplane.netif import tun
+from dataplane.netif import _steering, tun
 from dataplane.shm import layout as L
+from tests import traffic
 from tests.netif.rig import Rig, Tally
 from tests.netns import Namespace
-from tests.traffic import udp4
+from tests.traffic import syn, udp4
 
 pytestmark = [pytest.mark.root, pytest.mark.live, pytest.mark.needs("ip")]
 
@@ -153,6 +155,64 @@ def test_a_flow_stays_in_its_queue_in_order_though_we_answer_from_another(ns: Na
     assert all(len(where) == 1 for where in queues.values())
     for family in (range(64), range(64, 128)):
         assert {queue for i in family for queue in queues[i]} == {0, 1}
+
+
+def syns(count: int, target: str = "10.77.0.1") -> list[bytes]:
+    """SYNs of so many peers."""
+    return [syn(6 if ":" in target else 4, "fd77::2" if ":" in target else "10.77.0.2", target, (1024 + i, 80), i)
+            for i in range(count)]
+
+
+def test_a_flood_of_syns_fills_no_queue_but_its_own(rig: Rig, ns: Namespace) -> None:
+    def flood() -> None:
+        with traffic.packet_socket("dp0") as sock:
+            for frame in syns(200) * 100:
+                sock.send(frame)
+
+    ns.call(flood)
+    lost = rig.dropped()
+    assert 20_000 - 2 * 4096 <= lost < 20_000 - 4096        # the queue of those whose turn it is not is full
+    with udp_socket(ns, "10.77.0.2") as sock:
+        for _ in range(4000):
+            sock.sendto(b"all of these", ("10.77.0.1", 1))
+        assert rig.dropped() == lost
+        taken, found = 0, 0
+        while found < 4000:
+            count = rig.rx()
+            found += sum(rig.frame(i).data.endswith(b"all of these") for i in range(count))
+            taken += count
+            rig.done(count)
+    assert taken <= 4000 * 4 // 3 + L.BURST                 # SYNs take a quarter of each burst
+    left = 20_000 - lost - (taken - 4000)
+    assert len(rig.receive(left)) == left
+
+
+@pytest.mark.parametrize("target", ["10.77.0.1", "fd77::1"])
+def test_each_peer_has_its_turn(rig: Rig, ns: Namespace, target: str) -> None:
+    """The first queue of SYNs is that of a quarter of all peers, and of all peers within four turns of 2^30 ns."""
+    urgent = rig.word(L.N_FDS_SYN)
+    had: set[bytes] = set()
+    start = time.monotonic()
+    for turn in range(5):
+        ns.call(traffic.flood, "dp0", syns(256, target), 256)
+        now = set()
+        while select.select([urgent], [], [], 0)[0]:
+            now.add(os.read(urgent, 2048))
+        assert 20 < len(now) < 110
+        had |= now
+        rig.receive(256, timeout=0.05)
+        time.sleep(max(0, start + (turn + 1) * 1.074 - time.monotonic()))
+    assert len(had) == 256
+
+
+def test_syns_are_read_also_where_bpf_is_not_permitted(ns: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_steering, "attach", lambda *_, **__: False)
+    before = len(os.listdir("/proc/self/fd"))
+    with Rig(tun, ns, queues=2, device="dp0", addresses=ADDRESSES) as rig:
+        assert rig.word(L.N_FDS_SYN) == rig.word(L.N_FDS_SYN + 8) == -1
+        ns.call(traffic.flood, "dp0", syns(100), 100)
+        assert len(rig.receive(100)) == 100
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_what_the_kernel_drops_is_counted(rig: Rig, ns: Namespace) -> None:
