@@ -12,11 +12,15 @@ serves it: a kernel socket in another namespace, behind a veth (the reference), 
     echo            64-byte requests, one at a time, each answered: a second
     accept          connections opened, accepted, closed by both ends: a second
 
-Processes are pinned: the peer, and the RX worker beside it, to the first core, both servers to the second. Without
-that (--peer-core -1) a kernel may put the peer and its own server on one core, where a 64-byte exchange needs no
-interrupt of another core at all and is ten times as fast. Every byte is counted. Each repeat is a new connection
-(or 1,000s of them) of the same processes, reference and dataplane by turns. Prints one line of JSON per figure:
-median, spread (largest minus smallest, as a part of the median), and the ratio of the medians.
+Processes are pinned: the peer to the first core, both servers to the second. The RX worker is beside the one or the
+other; both are measured. Beside the server it copies out of memory that is near, and the server's side has one core
+in all, as the kernel's has. Beside the peer a request needs no change of process on the server's core. (Not pinned, a
+kernel may put the peer and its own server on one core, where a 64-byte exchange needs no interrupt of another core at
+all and is ten times as fast.)
+
+Every byte is counted. Each repeat is a new connection (or 1,000s of them) of the same processes, reference and
+dataplanes by turns. Prints one line of JSON per figure and place: median, spread (largest minus smallest, as a part of
+the median), and the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import socket
 import statistics
 import subprocess
@@ -44,6 +49,9 @@ PORT = 7000
 PIECE = 1 << 18
 BUFFER = 1 << 22
 
+PLACES = {"peer": 200.0, "server": 0.0}
+"""Beside whom the RX worker is; how long, in µs, the consumer then spins before it sleeps."""
+
 CONFIG = """
 name = "{name}"
 [rx]
@@ -53,7 +61,7 @@ idle = "{idle}"
 time_wait = 1.0
 [[netif]]
 kind = "tun"
-device = "dp0"
+device = "{name}"
 addresses = ["10.77.0.1/24"]
 """
 
@@ -267,10 +275,9 @@ def veth(one: str, other: str) -> None:
 
 @contextlib.contextmanager
 def running(namespace: str, core: int, idle: str) -> Iterator[str]:
-    """A dataplane with a TUN in the namespace."""
-    name = f"bench-{os.getpid()}"
+    """A dataplane whose RX worker is on that core, with a TUN in the namespace."""
+    name = f"dpb-{os.getpid()}-{core}"
     with tempfile.TemporaryDirectory() as directory:
-        os.environ["DATAPLANE_RUNTIME_DIR"] = directory
         path, report = Path(directory, "config.toml"), Path(directory, "ledger.json")
         path.write_text(CONFIG.format(name=name, core=core, idle=idle))
         command = ["ip", "netns", "exec", namespace, sys.executable, "-m", "dataplane", "run", str(path),
@@ -279,13 +286,11 @@ def running(namespace: str, core: int, idle: str) -> Iterator[str]:
         try:
             assert process.stdout is not None and process.stdout.readline() == f"ready {name}\n"
             yield name
-            process.send_signal(2)
-            assert process.wait(30) == 0
-            ledger = json.loads(report.read_text())
-            assert ledger["balanced"] and "crash_lost" not in ledger["dropped"], ledger
         finally:
-            process.kill()
-            process.wait()
+            process.send_signal(signal.SIGINT)
+            status = process.wait(30)
+        ledger = json.loads(report.read_text())
+        assert status == 0 and ledger["balanced"] and "crash_lost" not in ledger["dropped"], ledger
 
 
 # -- the run --------------------------------------------------------------------------------
@@ -299,10 +304,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bytes", type=int, default=1 << 30, help="of a bulk transfer")
     parser.add_argument("--requests", type=int, default=50_000)
     parser.add_argument("--connections", type=int, default=10_000)
-    parser.add_argument("--idle", default="poll", help="the RX worker's idle strategy: it has no core of its own")
-    parser.add_argument("--spin-us", type=float, default=200.0, help="how long the consumer spins before it sleeps")
-    parser.add_argument("--cores", type=int, nargs=2, default=cores, help="RX worker's and server's")
-    parser.add_argument("--peer-core", type=int, default=cores[0], help="the peer's; -1: the scheduler decides")
+    parser.add_argument("--idle", default="poll", help="the RX workers' idle strategy: none has a core of its own")
+    parser.add_argument("--cores", type=int, nargs=2, default=cores, help="the peer's and the server's")
     return parser.parse_args()
 
 
@@ -312,32 +315,45 @@ def count_of(what: str, options: argparse.Namespace) -> int:
 
 def main() -> None:
     options = arguments()
-    with namespaces("peer", "server", "tun") as (one, other, here):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.ExitStack() as stack:
+        os.environ["DATAPLANE_RUNTIME_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
+        one, other, *here = stack.enter_context(namespaces("peer", "server", *(f"tun-{place}" for place in PLACES)))
         veth(one, other)
-        with running(here, options.cores[0], options.idle) as name:
-            for what in options.only or DRIVE:
-                count = count_of(what, options)
-                rates: dict[str, list[float]] = {"kernel": [], "dataplane": []}
-                with served(kernel_server, what, other, options.cores[1]), \
-                        served(dataplane_server, what, name, options.cores[1], options.spin_us):
-                    for namespace in (one, here):
-                        measure(namespace, what, count // 10, options.peer_core)    # warm
-                    for _ in range(options.repeats):
-                        rates["kernel"].append(measure(one, what, count, options.peer_core))
-                        rates["dataplane"].append(measure(here, what, count, options.peer_core))
-                report(what, rates, options)
+        names = [stack.enter_context(running(namespace, core, options.idle))
+                 for namespace, core in zip(here, options.cores, strict=True)]
+        for what in options.only or DRIVE:
+            run(what, [one, *here], other, names, options)
 
 
-def report(what: str, rates: dict[str, list[float]], options: argparse.Namespace) -> None:
-    median = {who: statistics.median(found) for who, found in rates.items()}
-    spread = {who: (max(found) - min(found)) / median[who] for who, found in rates.items()}
+def run(what: str, peers: list[str], server: str, names: list[str], options: argparse.Namespace) -> None:
+    """One figure: `peers` are the namespaces of the kernel server's peer and of those of the dataplanes `names`."""
+    count, (near, far) = count_of(what, options), options.cores
+    rates: list[list[float]] = [[] for _ in peers]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(served(kernel_server, what, server, far))
+        for name, spin_us in zip(names, PLACES.values(), strict=True):
+            stack.enter_context(served(dataplane_server, what, name, far, spin_us))
+        for namespace in peers:
+            measure(namespace, what, count // 10, near)    # warm
+        for _ in range(options.repeats):
+            for namespace, found in zip(peers, rates, strict=True):
+                found.append(measure(namespace, what, count, near))
+    kernel, *ours = rates
+    for place, found in zip(PLACES, ours, strict=True):
+        report(what, place, kernel, found, options)
+
+
+def report(what: str, place: str, kernel: list[float], found: list[float], options: argparse.Namespace) -> None:
+    def spread(rates: list[float]) -> float:
+        return round((max(rates) - min(rates)) / statistics.median(rates), 3)
+
+    median, reference = statistics.median(found), statistics.median(kernel)
     print(json.dumps({
-        "bench": f"tcp.{what}", "unit": UNITS[what], "median": round(median["dataplane"], 1),
-        "spread": round(spread["dataplane"], 3), "kernel": round(median["kernel"], 1),
-        "kernel_spread": round(spread["kernel"], 3), "ratio": round(median["dataplane"] / median["kernel"], 3),
-        "idle": options.idle, "spin_us": options.spin_us,
-        "cores": options.cores, "peer_core": options.peer_core, "machine": platform.processor() or platform.machine()}),
-        flush=True)
+        "bench": f"tcp.{what}", "unit": UNITS[what], "rx_beside": place, "median": round(median, 1),
+        "spread": spread(found), "kernel": round(reference, 1), "kernel_spread": spread(kernel),
+        "ratio": round(median / reference, 3), "idle": options.idle, "spin_us": PLACES[place],
+        "cores": options.cores, "machine": platform.processor() or platform.machine()}), flush=True)
 
 
 if __name__ == "__main__":
