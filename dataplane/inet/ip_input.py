@@ -16,7 +16,7 @@ from dataplane import ledger
 from dataplane.jit import inlined, shared
 from dataplane.shm import layout as L
 from dataplane.shm.atomics import be16, be32, be64, bswap32, ld8, ld32, ld64, st64
-from dataplane.wire.checksum import finish, ones_sum
+from dataplane.wire.checksum import finish, header4_sum, ones_sum
 
 __all__ = ["IP_FRAGMENT", "IP_PACKET", "NO_NEXT", "ip_input", "is_local", "link_header"]
 
@@ -208,7 +208,7 @@ def _ipv4(mem, nif, p, available):
         return -ledger.BAD_IP_HEADER
     if total > available:
         return -ledger.TRUNCATED
-    if finish(ones_sum(mem, at, header)) != 0:
+    if finish(header4_sum(mem, at) if header == 20 else ones_sum(mem, at, header)) != 0:
         return -ledger.BAD_IP_CHECKSUM
     if header > 20 and not _valid_options(mem, at + 20, header - 20):
         return -ledger.BAD_IP_OPTIONS

@@ -9,7 +9,7 @@ from dataplane import ledger
 from dataplane.jit import inlined
 from dataplane.shm import layout as L
 from dataplane.shm.atomics import be16, ld64, st64
-from dataplane.wire.checksum import finish, ones_sum, pseudo4, pseudo6
+from dataplane.wire.checksum import finish, ones_sum, pseudo4_at, pseudo6
 
 __all__ = ["UDP_HEADER", "udp_input"]
 
@@ -25,7 +25,7 @@ def _checksum_fails(mem, p, at, length):
     if ld64(mem, p + L.P_FAMILY) == 4:
         if be16(mem, at + 6) == 0:
             return False        # the sender computed none
-        pseudo = pseudo4(ld64(mem, p + L.P_SOURCE_LO), ld64(mem, p + L.P_TARGET_LO), 17, length)
+        pseudo = pseudo4_at(mem, ld64(mem, p + L.P_L3), 17, at + 4)
     else:
         if be16(mem, at + 6) == 0:
             return True         # IPv6 requires one
