@@ -23,7 +23,7 @@ from dataplane.shm.libc import CLOCK_MONOTONIC, clock_ns
 
 __all__ = [
     "ROW_BYTES", "WAITER_BYTES", "arm_event", "await_packets", "collect", "disarm", "look", "open_row",
-    "payload_offset", "peek", "pending", "release_row", "release_rows", "settle", "take", "wake_up",
+    "payload_offset", "peek", "pending", "release_row", "release_rows", "rest", "settle", "take", "wake_up",
 ]
 
 # -- row: one lane as its consumer sees it ---------------------------------------------------------
@@ -223,6 +223,15 @@ def _spin(mem, rows, waiter, deadline):
             pause()
         if clock_ns(mem, waiter + WAIT_CLOCK, CLOCK_MONOTONIC) >= end:
             return False
+
+
+@kernel("none(mem, i64, i64)")
+def rest(mem, waiter, duration):
+    """Does nothing for so many ns."""
+    end = clock_ns(mem, waiter + WAIT_CLOCK, CLOCK_MONOTONIC) + duration
+    while clock_ns(mem, waiter + WAIT_CLOCK, CLOCK_MONOTONIC) < end:
+        for _ in range(16):
+            pause()
 
 
 @kernel("i64(mem, vec, i64, i64)")

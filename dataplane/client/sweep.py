@@ -25,9 +25,13 @@ from dataplane.client.records import PacketInfo
 from dataplane.jit import inlined
 from dataplane.rings.lane import lane_peek, record_bytes
 from dataplane.shm import layout as L
-from dataplane.shm.atomics import ld64, prefetch, st64, view
+from dataplane.shm.atomics import ld64, pause, prefetch, st64, view
 
-__all__ = ["sweep_for"]
+__all__ = ["CURSOR_CROWDED", "CURSOR_LANES", "CURSOR_WORDS", "sweep_for"]
+
+CURSOR_AT, CURSOR_LANES, CURSOR_CROWDED = range(3)
+"""What a sweep leaves behind: at which lane to go on, how many lanes had packets, how many were filled by a quarter."""
+CURSOR_WORDS = 3
 
 _PAD, _VLAN, _FRAME = L.RECORD_PAD << 24, L.RECORD_VLAN << 24, L.RECORD_FRAME << 24
 _HEADS, _RECORDS = 16, 8        # lanes whose heads, and whose first records, are prefetched
@@ -96,32 +100,38 @@ def _open(mem, row, position):
 def _make_sweep(function: Any) -> Any:
 
     @njit(nogil=True, error_model="numpy")
-    def sweep(mem, rows, numbers, cursor, budget, state):
-        """Goes over all lanes once from lane `cursor[0]` on, until `budget` packets were handled, and
-        leaves there where to go on. How many were."""
+    def sweep(mem, rows, numbers, cursor, budget, looks, state):
+        """Goes over all lanes once from lane `cursor[CURSOR_AT]` on, until `budget` packets were handled; again, up to
+        `looks` times, while nothing is there. How many were."""
         # A view owns nothing: passing `mem` itself on would count its references for each lane. For the
         # same reason this is one function: a call would do that with `state`.
         bare = view(mem, 0, mem.size)
-        count = 0
-        i = cursor[0] if cursor[0] < rows.size else 0
-        for _ in range(rows.size):
-            _prefetch(bare, rows[_ahead(i, _HEADS, rows.size)], rows[_ahead(i, _RECORDS, rows.size)])
-            row = rows[i]
-            position, head = ld64(bare, row + ROW_POSITION), lane_peek(bare, ld64(bare, row + ROW_LANE))
-            while position != head and count < budget:
-                record, word, position = _open(bare, row, position)
-                if word & _PAD:
-                    continue
-                count += 1
-                offset = payload_offset(word)
-                payload = record + L.RECORD_DATA + offset
-                function(view(bare, payload, (word & 0xFFFFFF) - offset),
-                         _info(bare, numbers[i], record, word, payload), state)
-            release_row(bare, row)
-            if count >= budget:
+        count = lanes = crowded = 0
+        i = cursor[CURSOR_AT] if cursor[CURSOR_AT] < rows.size else 0
+        for _ in range(looks):
+            for _ in range(rows.size):
+                _prefetch(bare, rows[_ahead(i, _HEADS, rows.size)], rows[_ahead(i, _RECORDS, rows.size)])
+                row = rows[i]
+                position, head = ld64(bare, row + ROW_POSITION), lane_peek(bare, ld64(bare, row + ROW_LANE))
+                lanes += position != head
+                crowded += (head - position) * 4 > ld64(bare, row + ROW_MASK)
+                while position != head and count < budget:
+                    record, word, position = _open(bare, row, position)
+                    if word & _PAD:
+                        continue
+                    count += 1
+                    offset = payload_offset(word)
+                    payload = record + L.RECORD_DATA + offset
+                    function(view(bare, payload, (word & 0xFFFFFF) - offset),
+                             _info(bare, numbers[i], record, word, payload), state)
+                release_row(bare, row)
+                if count >= budget:
+                    break
+                i = _ahead(i, 1, rows.size)
+            if count != 0:
                 break
-            i = _ahead(i, 1, rows.size)
-        cursor[0] = i
+            pause()
+        cursor[CURSOR_AT], cursor[CURSOR_LANES], cursor[CURSOR_CROWDED] = i, lanes, crowded
         return count
 
     return sweep

@@ -128,6 +128,10 @@ class Waiter:
         self.session.check()
         reader.check()
 
+    def rest(self, duration_ns: int) -> None:
+        """Lets packets gather for so long."""
+        drain.rest(self._mem, self._place, duration_ns)
+
     # -- waiting ---------------------------------------------------------------------------------------
 
     def wait(self, reader: Reader, deadline: int) -> bool:
