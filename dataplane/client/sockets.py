@@ -7,9 +7,14 @@ socket: receiving calls take turns.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import socket
+import struct
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
+from itertools import chain
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -30,10 +35,21 @@ __all__ = ["MAX_ADDRESSES", "RawSocket", "Socket", "TapSocket"]
 PREFETCH = 256
 """Packets that one jitted call finds for the per-packet calls."""
 
+_GAP = 256
+"""More than what stands between the payloads of neighbours: padding, a record's and a packet's headers."""
+
+_FEW = 8    # packets, below which it does not pay to look whether all are of one size
+
 MAX_ADDRESSES = 65536
 """Address tuples that a socket remembers."""
 
 From = TypeVar("From", Address, None)
+
+
+@functools.lru_cache(1024)
+def _cutter(size: int, gap: int) -> struct.Struct:
+    """Takes payloads of one size out of a piece of a ring."""
+    return struct.Struct(f"{size}s{gap}x")
 
 
 class Socket(Generic[From]):
@@ -63,10 +79,10 @@ class Socket(Generic[From]):
         self.poller: Any = None
         self._records = np.empty((drain.REC_FIELDS, PREFETCH), np.int64)
         self._limit = max(bound.ring_bytes // 4, 1)
-        self._turn = self._count = self._next = 0
-        self._offsets: list[int] = []
-        self._lengths: list[int] = []
-        self._remotes: list[int] = []
+        self._turn = self._count = 0
+        self._found: deque[tuple[bytes, Any]] = deque()     # all but the last of `_count` packets
+        self._found_next = self._found.popleft
+        self._last: tuple[bytes, Any] | None = None
         self._addresses: dict[Any, Any] = {}
         self._batch: Batch | None = None
         session.members.add(self)
@@ -81,40 +97,68 @@ class Socket(Generic[From]):
     def recvfrom(self, timeout: float | None = None) -> tuple[bytes, From]:
         """The next packet's payload and where it came from. `timeout` in seconds (None: for ever, 0: do not
         wait). TimeoutError, Stopped, OSError(EBADF)."""
-        waiter, timeout = self._enter(timeout)
         try:
-            if self._next == self._count:
-                self._fill(timeout)
-            address = self._address(self._next)
-            return self._copy(self._next), address
-        finally:
-            waiter.release()
+            return self._found_next()       # atomic, so that it needs no turn
+        except IndexError:
+            return self._receive(timeout)
 
     def recv(self, timeout: float | None = None) -> bytes:
         """The next packet's payload; as `recvfrom`."""
+        try:
+            return self._found_next()[0]
+        except IndexError:
+            return self._receive(timeout)[0]
+
+    def _receive(self, timeout: float | None) -> tuple[bytes, Any]:
+        """With the turn. The last of what was found gives the ring its memory back."""
         waiter, timeout = self._enter(timeout)
         try:
-            if self._next == self._count:
+            while True:
+                with contextlib.suppress(IndexError):
+                    return self._found_next()
+                if self._last is not None:
+                    packet = self._last
+                    self._settle(self._count)
+                    return packet
                 self._fill(timeout)
-            return self._copy(self._next)
         finally:
             waiter.release()
 
-    def _copy(self, i: int) -> bytes:
-        start = self._offsets[i]
-        data = self._bytes[start:start + self._lengths[i]].tobytes()
-        self._next = i + 1
-        if self._next == self._count:
-            self._requeue()
-        return data
+    def _addresses_of(self, count: int) -> list[Any]:
+        """Of the first records; made once for each peer."""
+        keys = self._records[drain.REC_REMOTE, :count].tolist()
+        addresses = list(map(self._addresses.get, keys))
+        if all(addresses):
+            return addresses
+        return [self._address(i, key) for i, key in enumerate(keys)]
 
-    def _address(self, i: int) -> Any:
-        """Of the i-th record; made once for each peer."""
-        key = self._remotes[i]
-        address = self._addresses.get(key)
-        if address is not None:
-            return address
-        return self._new_address(key) if key >= 0 else self._address6(i, ~key)
+    def _address(self, i: int, key: int) -> Any:
+        if key < 0:
+            return self._address6(i, ~key)
+        return self._addresses.get(key) or self._new_address(key)
+
+    def _payloads_of(self, count: int) -> list[bytes]:
+        """Of the first records. What lies in one piece of the ring is copied at once, and then cut."""
+        starts, lengths = self._records[drain.REC_OFFSET, :count], self._records[drain.REC_LENGTH, :count]
+        steps = starts[1:] - starts[:-1]
+        cuts: Any = np.flatnonzero((steps < 0) | (steps > lengths[:-1] + _GAP)) + 1      # the ring's end, another lane
+        payloads: list[bytes] = []
+        first = 0
+        for end in [*cuts.tolist(), count]:
+            payloads += self._piece(starts[first:end], lengths[first:end], steps[first:end - 1])
+            first = end
+        return payloads
+
+    def _piece(self, starts: Any, lengths: Any, steps: Any) -> list[bytes]:
+        """Payloads of packets that lie one behind the other."""
+        base, end = int(starts[0]), int(starts[-1] + lengths[-1])
+        if len(steps) > _FEW and (steps == steps[0]).all() and (lengths == lengths[0]).all():
+            size = int(lengths[0])
+            rows: Any = _cutter(size, int(steps[0]) - size).iter_unpack(self._bytes[base:int(starts[-1])])
+            return [*chain.from_iterable(rows), self._bytes[end - size:end].tobytes()]
+        piece = self._bytes[base:end].tobytes()
+        begins = starts - base
+        return [piece[i:j] for i, j in zip(begins.tolist(), (begins + lengths).tolist(), strict=True)]
 
     def _address6(self, i: int, port: int) -> Any:
         start = int(self._records[drain.REC_PACKET, i])
@@ -141,19 +185,27 @@ class Socket(Generic[From]):
             deadline = deadline_of(timeout) if deadline is None else deadline
             self._wait(deadline)
         self._turn = (self._turn + 1) % self._lanes
-        found = self._records[:, :count]
-        self._offsets = found[drain.REC_OFFSET].tolist()
-        self._lengths = found[drain.REC_LENGTH].tolist()
-        self._remotes = found[drain.REC_REMOTE].tolist()
-        self._next, self._count = 0, count
+        packets = list(zip(self._payloads_of(count), self._addresses_of(count), strict=True))
+        self._last = packets.pop()
+        self._found.extend(packets)
+        self._count = count
         self.waiter.holders.add(self)
 
     def _requeue(self) -> None:
-        """Gives back what was handed out; what was only found is queued as before."""
+        """Gives back what was handed out; what was only found is queued as before. Other threads may be taking
+        from the other end of what was found."""
         if self._count:
-            drain.settle(self._mem, self.rows, self._records, self._next)
-            self._count = self._next = 0
-            self.waiter.holders.discard(self)
+            left = 1
+            with contextlib.suppress(IndexError):
+                while True:
+                    self._found.pop()
+                    left += 1
+            self._settle(self._count - left)
+
+    def _settle(self, used: int) -> None:
+        drain.settle(self._mem, self.rows, self._records, used)
+        self._count, self._last = 0, None
+        self.waiter.holders.discard(self)
 
     # -- many at a time ----------------------------------------------------------------------------------
 
@@ -336,7 +388,8 @@ class Socket(Generic[From]):
     def abandon(self) -> None:
         """Closed, without telling anybody."""
         self.closed = True
-        self._count = self._next = 0
+        self._found.clear()
+        self._count, self._last = 0, None
         self.waiter.holders.discard(self)
         if self._batch is not None:
             self._batch.invalidate()
@@ -369,5 +422,5 @@ class TapSocket(Socket[None]):
 
     kind = "tap"
 
-    def _address(self, i: int) -> None:
-        return None
+    def _addresses_of(self, count: int) -> list[None]:
+        return [None] * count

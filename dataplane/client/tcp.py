@@ -660,8 +660,8 @@ class _Queue(Socket[None]):
         # One at a time: what is looked at counts as waiting, and the backlog must not.
         self._records = np.empty((drain.REC_FIELDS, 1), np.int64)
 
-    def _address(self, i: int) -> None:
-        return None
+    def _addresses_of(self, count: int) -> list[None]:
+        return [None] * count
 
 
 class Listener:
