@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 
+from dataplane.inet.step import all_ended, may_sleep, woke
 from dataplane.jit import kernel
 from dataplane.shm import layout as L
 from dataplane.shm.atomics import ld64, st64
@@ -71,3 +72,23 @@ def nap(mem, w, fds, timeout_ns):
     if ready > 0 and (doorbell >> 48) & POLLIN:
         read(mem, doorbell & 0x7FFFFFFF, fds + _SCRATCH, NAP_BYTES - _SCRATCH)
     return ready
+
+
+# What `rest` tells.
+ENDED, ORDERS = 1, 2
+
+_all_ended, _may_sleep, _nap, _woke = (one.inner for one in (all_ended, may_sleep, nap, woke))
+
+
+@kernel("i64(mem, i64, i64, i64)")
+def rest(mem, w, fds, longest_ns):
+    """All of a sleep in one call, since a call from Python costs more than a packet: unless there is something to
+    do, sleeps as `nap`. ENDED: no frame will ever come; ORDERS: the order channel has something, or has ended."""
+    told = ENDED if _all_ended(mem, w) else 0
+    wait = _may_sleep(mem, w)
+    if wait != 0:
+        _nap(mem, w, fds, min(wait, longest_ns) if wait > 0 else longest_ns)
+        _woke(mem, w)
+        if ld64(mem, fds + NAP_ORDERS) >> 48 != 0:
+            told |= ORDERS
+    return told

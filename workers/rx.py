@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dataplane.config import Config
-from dataplane.inet.step import all_ended, finish, may_sleep, step, woke
+from dataplane.inet.step import all_ended, finish, step
 from dataplane.inet.transmit import add_consumer, remove_consumer
 from dataplane.inet.worker import attach_private
 from dataplane.jit import kernel
@@ -32,7 +32,7 @@ from dataplane.shm.bell import ring
 from dataplane.shm.epoch import mark_offline, mark_online
 from dataplane.shm.layout_tcp import CONN_WAKE
 from workers import orders
-from workers.duty import NAP_BYTES, NAP_DOORBELL, NAP_ORDERS, Duty, nap, pollfd
+from workers.duty import ENDED, NAP_BYTES, NAP_DOORBELL, NAP_ORDERS, ORDERS, Duty, pollfd, rest
 from workers.process import WorkerProcess, live
 
 BUDGET = 256                # rounds of a step: some milliseconds at most, for signals have to wait so long
@@ -132,17 +132,20 @@ class RxWorker(WorkerProcess):
 
     def _look_for_end(self) -> None:
         if not self._ended and all_ended(self._mem, self._w):
-            self._ended = True
-            self._report(orders.Ended())
+            self._tell_end()
+
+    def _tell_end(self) -> None:
+        self._ended = True
+        self._report(orders.Ended())
 
     def _sleep(self) -> None:
-        self._look_for_end()
-        self._send()
-        wait = may_sleep(self._mem, self._w)
-        if wait != 0:
-            nap(self._mem, self._w, self._fds, min(wait, NAP_NS) if wait > 0 else NAP_NS)
-            woke(self._mem, self._w)
-        self._read_orders()
+        if self._reports:
+            self._send()
+        told = rest(self._mem, self._w, self._fds, NAP_NS)
+        if told & ENDED and not self._ended:
+            self._tell_end()
+        if told & ORDERS:
+            self._read_orders()
 
     def _announce_end(self) -> None:
         """The supervisor is dead: nobody else will tell the consumers."""
