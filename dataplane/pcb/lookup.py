@@ -49,8 +49,8 @@ from dataplane.shm.atomics import (
 
 __all__ = [
     "PROBE_LIMIT", "bucket_insert", "bucket_remove", "bucket_replace", "class_hash", "classes_on_port", "find",
-    "buckets_unlock", "chain_push", "chain_remove", "find_exact", "insert_unique", "key_word", "lookup", "probe",
-    "replace_entry",
+    "buckets_unlock", "chain_push", "chain_remove", "find_exact", "insert_unique", "key_word", "likely", "lookup",
+    "probe", "replace_entry",
 ]
 
 PROBE_LIMIT = 128
@@ -114,6 +114,14 @@ def probe(mem, table, value, key, family, local_hi, local_lo, remote_hi, remote_
         if ld64(mem, bucket + L.BUCKET_OVERFLOW) == 0:
             return -1
     return -1
+
+
+@inlined
+def likely(mem, table, value):
+    """Number of the PCB that a probe for this hash looks at first, or -1: to be prefetched, not to be relied upon."""
+    bucket = ld64(mem, table + L.T_BUCKET_AT) + (value & ld64(mem, table + L.T_BUCKETS)) * L.BUCKET_BYTES
+    hits = match8(mem, bucket + L.BUCKET_TAGS, _tag(value))
+    return ld32(mem, bucket + L.BUCKET_PCBS + 4 * ctz(hits)) if hits != 0 else -1
 
 
 @inlined

@@ -25,8 +25,8 @@ def pinned(name: str) -> tuple[list[int], list[int]]:
 
 
 def every_packet_is_accounted_for(packets: int, backpressure: bool, ring_bytes: int) -> None:
-    config = endtoend.configuration("", packets, SOCKETS, SIZE, ring_bytes, backpressure, CORES[0])
-    with running(config.replace('name = ""', "")) as process:
+    config = endtoend.configuration(packets, SOCKETS, SIZE, ring_bytes, backpressure, CORES[0])
+    with running(config.replace('name = "{name}"', "")) as process:
         consumer = Forked(lambda: pinned(process.name))
         try:
             counts, octets = consumer.result(100 + packets / 1e6)
