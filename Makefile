@@ -5,13 +5,15 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS  ?=
 
-.PHONY: help venv demo lint test soak test-tools clean
+.PHONY: help venv demo lint test soak bench test-tools clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo     the quickstart: a dataplane, three consumers, a live table (no root needed)'
 	@echo 'make test     the whole test suite; ARGS="-k config" is passed to pytest'
 	@echo 'make soak     its stress tests with full counts'
+	@echo 'make bench    all benchmarks, then docs/performance.md anew; ARGS="--only ring" is passed on; as root, ten or'
+	@echo '              twenty minutes, on a machine that does nothing else'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make venv     only makes .venv and installs into it'
 	@echo 'make clean    removes .venv and everything generated'
@@ -57,6 +59,15 @@ test: venv test-tools
 soak: venv test-tools
 	$(BIN)/python -m workers.kernels
 	$(BIN)/python -m pytest -m stress --timeout 1200 $(ARGS)
+
+# What it measures itself against beyond Python's packages (DPDK, a C compiler) is skipped if it is not there;
+# docs/performance.md has the line that installs it.
+bench: $(VENV)/.bench
+	$(BIN)/python -m bench $(ARGS)
+
+$(VENV)/.bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@touch $@
 
 # The live tests talk to a kernel peer through these. Without them those tests are skipped, and say so.
 test-tools:

@@ -1,38 +1,29 @@
 #!/usr/bin/env python3
 """Packets a second, end to end: synthetic frames through a running dataplane into one consumer process.
 
-    python bench/endtoend.py                        60-byte IP packets, 1024 sockets, two cores
-    python bench/endtoend.py --packets 10000000 --sockets 16 --size 1500 --backpressure
+    python -m bench.endtoend                        60-byte IP packets, 1024 sockets, two cores
+    python -m bench.endtoend --packets 10000000 --sockets 16 --size 1500 --backpressure
 
 One RX worker on the first core; a consumer on the second, which takes everything with `Poller.consume`. The
 clock runs from just before the first packet is released until the consumer has taken the last one. Each repeat
 is a dataplane of its own, started and ended. In each the ledger has to balance, and the consumer has to have got
 exactly what was delivered, in sockets, packets and bytes, or there is no figure.
-
-Prints one line of JSON: delivered packets a second (in millions) of each repeat, median and spread (largest
-minus smallest, as a part of the median).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
-import platform
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import njit
 
 import dataplane
+from bench import harness
 
 FIRST_PORT = 5000
 IP_AND_UDP = 28
@@ -88,12 +79,12 @@ def consumer(name: str, sockets: int, core: int, pipe: Any) -> None:
     pipe.send((seconds, counts.tolist(), octets.tolist()))
 
 
-def configuration(name: str, packets: int, sockets: int, size: int, ring_bytes: int, backpressure: bool,
+def configuration(packets: int, sockets: int, size: int, ring_bytes: int, backpressure: bool,
                   core: int) -> str:
     """As many flows as sockets, but about 1024 at least, spread evenly; they begin with one socket more."""
     flows = max(sockets, 1024 // sockets * sockets)
     return CONFIG.format(
-        name=name, core=core, most=2 * sockets + 16, ring_bytes=ring_bytes, flows=flows,
+        name="{name}", core=core, most=2 * sockets + 16, ring_bytes=ring_bytes, flows=flows,
         first=FIRST_PORT, last=FIRST_PORT + sockets - 1, size=size, packets=packets,
         backpressure=str(backpressure).lower(), start=sockets + 1)
 
@@ -111,64 +102,34 @@ def check(ledger: dict[str, Any], counts: list[int], octets: list[int], packets:
 
 
 def measure(options: argparse.Namespace) -> float:
-    """One run: delivered packets a second."""
-    name = f"bench-{os.getpid()}"
+    """One run: delivered packets a second, in millions."""
+    core, far = (harness.CORES * 2)[:2]
+    config = configuration(options.packets, options.sockets, options.size, options.ring_bytes, options.backpressure,
+                           core)
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as directory:
-        os.environ["DATAPLANE_RUNTIME_DIR"] = directory
-        config, report = Path(directory, "config.toml"), Path(directory, "ledger.json")
-        config.write_text(configuration(name, options.packets, options.sockets, options.size, options.ring_bytes,
-                                        options.backpressure, options.cores[0]))
-        command = [sys.executable, "-m", "dataplane", "run", str(config), "--ledger", str(report)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        try:
-            assert process.stdout is not None and process.stdout.readline() == f"ready {name}\n"
-            mine, theirs = context.Pipe()
-            child = context.Process(target=consumer, args=(name, options.sockets, options.cores[1], theirs))
-            child.start()
-            theirs.close()
-            seconds, counts, octets = mine.recv()
-            child.join()
-            assert process.wait(30) == 0
-        finally:
-            process.kill()
-            process.wait()
-        ledger = json.loads(report.read_text())
-    check(ledger, counts, octets, options.packets, options.size, options.backpressure)
-    return float(sum(counts) / seconds)
-
-
-def arguments() -> argparse.Namespace:
-    cores = sorted(os.sched_getaffinity(0))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packets", type=int, default=50_000_000, help="in each repeat")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--sockets", type=int, default=1024)
-    parser.add_argument("--size", type=int, default=60, help="bytes of the IP packet")
-    parser.add_argument("--ring-bytes", type=int, default=65536, help="of each socket")
-    parser.add_argument("--backpressure", action="store_true", help="wait for full rings instead of dropping")
-    parser.add_argument("--cores", type=int, nargs=2, default=(cores * 2)[:2], help="RX worker's and consumer's")
-    return parser.parse_args()
+    with harness.running(config) as running:
+        mine, theirs = context.Pipe()
+        child = context.Process(target=consumer, args=(running.name, options.sockets, far, theirs))
+        child.start()
+        theirs.close()
+        seconds, counts, octets = mine.recv()
+        child.join()
+        running.wait()
+    check(running.ledger, counts, octets, options.packets, options.size, options.backpressure)
+    return float(sum(counts) / seconds / 1e6)
 
 
 def main() -> None:
-    options = arguments()
-    load = round(os.getloadavg()[0], 2)
-    rates = [measure(options) / 1e6 for _ in range(options.repeats)]
-    median = statistics.median(rates)
-    print(json.dumps({
-        "bench": "endtoend", "unit": "Mpps delivered", "median": round(median, 2),
-        "spread": round((max(rates) - min(rates)) / median, 3), "rates": [round(rate, 2) for rate in rates],
-        **vars(options), "machine": machine(), "load_before": load}))
-
-
-def machine() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    parser = harness.parser(__doc__)
+    parser.add_argument("--packets", type=int, default=40_000_000, help="in each repeat")
+    parser.add_argument("--sockets", type=int, default=1024)
+    parser.add_argument("--size", type=int, default=60, help="bytes of the IP packet")
+    parser.add_argument("--ring-bytes", type=int, default=4096, help="of each socket")
+    parser.add_argument("--backpressure", action="store_true", help="wait for full rings instead of dropping")
+    options = parser.parse_args()
+    measure(argparse.Namespace(**{**vars(options), "packets": options.packets // 10}))      # caches are warm then
+    harness.report("endtoend", "Mpps", [measure(options) for _ in range(options.repeats)], options)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)
