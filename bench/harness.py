@@ -115,15 +115,21 @@ def need_root() -> None:
 class Running:
     """A dataplane that runs: its name, its process, its ledger once it has ended."""
 
-    def __init__(self, name: str, process: subprocess.Popen[str]) -> None:
+    def __init__(self, name: str, process: subprocess.Popen[str], report: Path) -> None:
         self.name = name
         self.process = process
-        self.ledger: dict[str, Any] = {}
-        """As --ledger writes it, once the block is left."""
+        self._report = report
+        self._ledger: dict[str, Any] = {}
 
     def wait(self, timeout: float = 60) -> None:
         """Until it has ended by itself."""
         assert self.process.wait(timeout) == 0, "the dataplane failed"
+
+    @property
+    def ledger(self) -> dict[str, Any]:
+        """As --ledger writes it, once the dataplane has ended."""
+        self._ledger = self._ledger or json.loads(self._report.read_text())
+        return self._ledger
 
 
 _numbers = iter(range(1 << 30))
@@ -148,7 +154,7 @@ def running(config: str, namespace: Namespace | None = None) -> Iterator[Running
             assert process.stdout is not None and process.stderr is not None
             if process.stdout.readline() != f"ready {name}\n":
                 raise RuntimeError(f"the dataplane did not start: {process.stderr.read()}")
-            made = Running(name, process)
+            made = Running(name, process, told)
             yield made
         finally:
             if process.poll() is None:
@@ -161,9 +167,8 @@ def running(config: str, namespace: Namespace | None = None) -> Iterator[Running
             finally:
                 if before is None:
                     del os.environ["DATAPLANE_RUNTIME_DIR"]
-        ledger = json.loads(told.read_text())
+        ledger = made.ledger
         assert status == 0 and ledger["balanced"] and "crash_lost" not in ledger["dropped"], ledger
-        made.ledger = ledger
 
 
 # -- peers in C --------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from numba import njit
 
 import dataplane
 from bench import harness
-from dataplane.client.sweep import sweep_for
+from dataplane.client.sweep import CURSOR_WORDS, sweep_for
 from dataplane.netif import synthetic
 
 CALLS = {
@@ -134,7 +134,7 @@ def tally(payload: Any, info: Any, state: Any) -> None:
 def compile_sweep() -> None:
     """For all processes that are forked later: what `consume` would compile when it is first called."""
     rows, memory = np.empty(0, np.int64), np.zeros(64, np.uint8)
-    sweep_for(tally)(memory, rows, rows, np.zeros(1, np.int64), 0, np.zeros(2, np.int64))
+    sweep_for(tally)(memory, rows, rows, np.zeros(CURSOR_WORDS, np.int64), 0, 1, np.zeros(2, np.int64))
 
 
 def take_consume(sock: Any, packets: int, most: int) -> tuple[int, int, int]:
