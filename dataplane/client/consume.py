@@ -65,7 +65,7 @@ def run(source: Source, kernel: Any, state: Any, max_packets: int | None, timeou
                     waiter.interlude(source)
                 elif not waiter.wait(source, deadline):
                     break
-            elif now >= deadline:
+            elif now >= deadline and not (timeout == 0 and pace.full):      # 0: all that is there now
                 break
             else:
                 if pace.rest:
@@ -92,6 +92,7 @@ class Pace:
 
     def __init__(self, spin_ns: int) -> None:
         self.rest = 0
+        self.full = False       # whether the last sweep handled as many as it was allowed to
         self._spin_ns = spin_ns
         self._looks = 1
         self._found = 0
@@ -102,7 +103,9 @@ class Pace:
     def step(self, sweep: Any, mem: Any, rows: Rows, numbers: Rows, limit: int, state: Any) -> tuple[int, int]:
         """One sweep over up to `limit` packets: how many it handled, and when it ended, in ns."""
         start = time.monotonic_ns()
-        count = int(sweep(mem, rows, numbers, self._cursor, min(self._budget, limit), self._looks, state))
+        allowed = min(self._budget, limit)
+        count = int(sweep(mem, rows, numbers, self._cursor, allowed, self._looks, state))
+        self.full = count == allowed
         now = time.monotonic_ns()
         if count:
             self._found = now

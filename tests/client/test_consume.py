@@ -89,6 +89,12 @@ def test_as_many_as_asked_for(local: LocalSession) -> None:
     assert sum(local.consumed(sock)) == 100 and local.empty(sock)
 
 
+def test_without_waiting_takes_all_that_is_there(local: LocalSession) -> None:
+    sock, state = local.open(ring_bytes=1 << 21), np.zeros(1, np.int64)
+    assert local.fill(sock, 20_000) == 20_000       # more than one sweep takes
+    assert sock.consume(count, state, timeout=0) == 20_000 and local.empty(sock)
+
+
 def test_a_kernel_that_raises(local: LocalSession) -> None:
     """The packet at which it raised is gone, the others are not."""
     sock, state = local.open(), np.zeros(1, np.int64)

@@ -252,6 +252,41 @@ def test_threads_share_a_socket(local: LocalSession) -> None:
     assert sorted(got) == sorted(sent)
 
 
+def test_threads_receive_in_different_ways(local: LocalSession) -> None:
+    """What one has found and not yet handed out is there for the others."""
+    sock = local.open()
+    got: list[bytes] = []
+    done = threading.Event()
+
+    def one_by_one() -> None:
+        while not done.is_set():
+            # DataplaneError: the other thread has a batch in its hands.
+            with contextlib.suppress(TimeoutError, DataplaneError):
+                data, address = sock.recvfrom(0.2)
+                assert address == ("10.0.0.9", 1234)
+                got.append(data)
+
+    def in_batches() -> None:
+        while not done.is_set():
+            with contextlib.suppress(TimeoutError), sock.recv_batch(50, timeout=0.2) as batch:
+                got.extend(bytes(payload) for payload in batch)
+
+    threads = [threading.Thread(target=how) for how in (one_by_one, one_by_one, in_batches)]
+    for thread in threads:
+        thread.start()
+    sent = [b"%d" % i * (1 + i % 3 * (i // 1000 % 2)) for i in range(4000)]     # sizes alike, and not
+    waiting = list(sent)
+    while waiting:
+        del waiting[:local.produce(sock, [packet4(data) for data in waiting[:40]])]
+    deadline = time.monotonic() + 30
+    while len(got) < len(sent) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    done.set()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(got) == sorted(sent) and local.empty(sock)
+
+
 def test_after_a_fork(local: LocalSession) -> None:
     """In the child every use is an error at once, even of a socket that a thread was waiting on."""
     sock, busy = local.open(), local.open()
