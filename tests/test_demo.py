@@ -129,6 +129,7 @@ def test_it_ends_by_itself(start: Callable[..., Demo]) -> None:
     assert not demo.left()
 
 
+@pytest.mark.stress
 def test_two_at_once(start: Callable[..., Demo]) -> None:
     """Each has its own dataplane."""
     demo = start("--duration", "100")
