@@ -33,7 +33,7 @@ __all__ = [
     "UnknownDataplane", "attach",
 ]
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _LAZY = {
     "attach": "attach", "Dataplane": "attach", "Batch": "batch", "Poller": "poller", "ENDPOINT": "records",
