@@ -155,7 +155,8 @@ def test_interrupted_in_its_start(start: Callable[..., Demo], line: str) -> None
     assert not demo.left()
 
 
-@pytest.mark.parametrize("line", ["attaching 4 consumers", "  1 s  offered"])
+@pytest.mark.parametrize("line", [
+    pytest.param("attaching 4 consumers", marks=pytest.mark.stress), "  1 s  offered"])
 def test_interrupted_later(start: Callable[..., Demo], line: str) -> None:
     """There is a ledger."""
     demo = start("--duration", "100")
@@ -214,6 +215,7 @@ def read_until(descriptor: int, text: bytes | None, process: subprocess.Popen[by
     return data
 
 
+@pytest.mark.stress
 def test_on_one_core(start: Callable[..., Demo]) -> None:
     core = max(os.sched_getaffinity(0))
     demo = start("--duration", "1.5", prefix=("taskset", "-c", str(core)))

@@ -115,6 +115,7 @@ def test_two_producers_and_a_consumer(capacity: int, model: str) -> None:
     assert explore(Queue(capacity), {1: 1, 2: 1}, 2, model=model) == set()
 
 
+@pytest.mark.stress
 def test_several_laps_of_one_slot() -> None:
     assert explore(Queue(1), {1: 2, 2: 1}, 2, model="tso") == set()
 
