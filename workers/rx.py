@@ -1,10 +1,10 @@
-"""The RX worker's process: a loop of bounded steps, and between them what only Python can do.
+"""The RX worker's process: what only Python can do, between two calls of `duty.serve`.
 
-Forked by the supervisor, with everything mapped and compiled. All work on packets is in `inet/step.py`; here
-are the order channel, sleep, signals, and the two ends: told to stop, the worker finishes its burst and
-leaves; when the supervisor has died, it says so to all consumers and leaves as well, within a second.
+Forked by the supervisor, with everything mapped and compiled. All work on packets is in `inet/step.py`, spinning
+and sleep in `duty.py`; here are the order channel, signals, and the two ends: told to stop, the worker finishes
+its burst and leaves; when the supervisor has died, it says so to all consumers and leaves as well, within a second.
 
-It writes its own worker block and what the kernels write. It never waits for anyone but in `nap`.
+It writes its own worker block and what the kernels write. It never waits for anyone but where it sleeps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dataplane.config import Config
-from dataplane.inet.step import all_ended, finish, step
+from dataplane.inet.step import finish
 from dataplane.inet.transmit import add_consumer, remove_consumer
 from dataplane.inet.worker import attach_private
 from dataplane.jit import kernel
@@ -32,12 +32,8 @@ from dataplane.shm.bell import ring
 from dataplane.shm.epoch import mark_offline, mark_online
 from dataplane.shm.layout_tcp import CONN_WAKE
 from workers import orders
-from workers.duty import ENDED, NAP_BYTES, NAP_DOORBELL, NAP_ORDERS, ORDERS, Duty, pollfd, rest
+from workers.duty import ENDED, NAP_BYTES, NAP_DOORBELL, NAP_ORDERS, ORDERS, pollfd, serve, spin_ns
 from workers.process import WorkerProcess, live
-
-BUDGET = 256                # rounds of a step: some milliseconds at most, for signals have to wait so long
-NAP_NS = 500_000_000        # longest sleep: a signal that came just before it is served then
-
 
 # -- kernels for both ends of the order channel, and for the end of all --------------------------------------
 
@@ -87,7 +83,7 @@ class RxWorker(WorkerProcess):
     def __init__(self, post: Post) -> None:
         super().__init__(post.arena, post.table, post.channel, post.supervisor, post.obeyed)
         self._post = post
-        self._duty = Duty(post.config.rx.idle, post.config.rx.spin_us)
+        self._spin_ns = spin_ns(post.config.rx.idle, post.config.rx.spin_us)
         self._ended = False
         self._settle_in(f"dataplane-rx{post.index}", [post.core])
         inet = post.config.inet
@@ -111,41 +107,22 @@ class RxWorker(WorkerProcess):
         """Work until told to stop."""
         mark_online(self._mem, self._w)
         self._report(orders.Ready())
-        mem, w, duty, mailbox, want = self._mem, self._w, self._duty, self._mailbox, self._want
+        mem, w, mailbox, want = self._mem, self._w, self._mailbox, self._want
         while not (self._stopping or self._orphaned):
-            handled = step(mem, w, BUDGET)
-            if mailbox[0]:
+            told = serve(mem, w, self._fds, self._spin_ns)
+            if mailbox[0] or told & ORDERS:
                 self._read_orders()
             if want[0]:
                 want[0] = 0
                 self._report(orders.Want())
-            if handled:
-                duty.worked()
-            elif duty.tired():
-                self._sleep()
-            elif not self._ended:
-                self._look_for_end()
+            if told & ENDED and not self._ended:
+                self._ended = True
+                self._report(orders.Ended())
+            self._send()
         finish(mem, w)
         mark_offline(mem, w)
         if self._orphaned:
             self._announce_end()
-
-    def _look_for_end(self) -> None:
-        if not self._ended and all_ended(self._mem, self._w):
-            self._tell_end()
-
-    def _tell_end(self) -> None:
-        self._ended = True
-        self._report(orders.Ended())
-
-    def _sleep(self) -> None:
-        if self._reports:
-            self._send()
-        told = rest(self._mem, self._w, self._fds, NAP_NS)
-        if told & ENDED and not self._ended:
-            self._tell_end()
-        if told & ORDERS:
-            self._read_orders()
 
     def _announce_end(self) -> None:
         """The supervisor is dead: nobody else will tell the consumers."""
