@@ -12,7 +12,6 @@ import errno
 import functools
 import socket
 import struct
-from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from itertools import chain
 from types import TracebackType
@@ -80,8 +79,7 @@ class Socket(Generic[From]):
         self._records = np.empty((drain.REC_FIELDS, PREFETCH), np.int64)
         self._limit = max(bound.ring_bytes // 4, 1)
         self._turn = self._count = 0
-        self._found: deque[tuple[bytes, Any]] = deque()     # all but the last of `_count` packets
-        self._found_next = self._found.popleft
+        self._find(iter(()))
         self._last: tuple[bytes, Any] | None = None
         self._addresses: dict[Any, Any] = {}
         self._batch: Batch | None = None
@@ -98,15 +96,15 @@ class Socket(Generic[From]):
         """The next packet's payload and where it came from. `timeout` in seconds (None: for ever, 0: do not
         wait). TimeoutError, Stopped, OSError(EBADF)."""
         try:
-            return self._found_next()       # atomic, so that it needs no turn
-        except IndexError:
+            return self._found_next()       # one call of C code, so that it needs no turn
+        except StopIteration:
             return self._receive(timeout)
 
     def recv(self, timeout: float | None = None) -> bytes:
         """The next packet's payload; as `recvfrom`."""
         try:
             return self._found_next()[0]
-        except IndexError:
+        except StopIteration:
             return self._receive(timeout)[0]
 
     def _receive(self, timeout: float | None) -> tuple[bytes, Any]:
@@ -114,7 +112,7 @@ class Socket(Generic[From]):
         waiter, timeout = self._enter(timeout)
         try:
             while True:
-                with contextlib.suppress(IndexError):
+                with contextlib.suppress(StopIteration):
                     return self._found_next()
                 if self._last is not None:
                     packet = self._last
@@ -185,22 +183,21 @@ class Socket(Generic[From]):
             deadline = deadline_of(timeout) if deadline is None else deadline
             self._wait(deadline)
         self._turn = (self._turn + 1) % self._lanes
-        packets = list(zip(self._payloads_of(count), self._addresses_of(count), strict=True))
-        self._last = packets.pop()
-        self._found.extend(packets)
+        payloads, addresses = self._payloads_of(count), self._addresses_of(count)
+        self._last = payloads.pop(), addresses.pop()
+        self._find(zip(payloads, addresses, strict=True))
         self._count = count
         self.waiter.holders.add(self)
 
+    def _find(self, packets: Iterator[tuple[bytes, Any]]) -> None:
+        """All but the last of `_count` packets are to be handed out from here."""
+        self._found, self._found_next = packets, packets.__next__
+
     def _requeue(self) -> None:
         """Gives back what was handed out; what was only found is queued as before. Other threads may be taking
-        from the other end of what was found."""
+        from what was found."""
         if self._count:
-            left = 1
-            with contextlib.suppress(IndexError):
-                while True:
-                    self._found.pop()
-                    left += 1
-            self._settle(self._count - left)
+            self._settle(self._count - 1 - len(list(self._found)))
 
     def _settle(self, used: int) -> None:
         drain.settle(self._mem, self.rows, self._records, used)
@@ -388,7 +385,7 @@ class Socket(Generic[From]):
     def abandon(self) -> None:
         """Closed, without telling anybody."""
         self.closed = True
-        self._found.clear()
+        self._find(iter(()))
         self._count, self._last = 0, None
         self.waiter.holders.discard(self)
         if self._batch is not None:
