@@ -12,8 +12,11 @@ that only other kernels call (it is compiled into its callers, never on its own)
 makes a C function whose address other kernels may call (the netifs' bursts).
 
 Nothing is compiled at import. `warm()` compiles or loads every entry point of the given
-modules under a file lock, since concurrent writers can corrupt numba's cache index; after
-that an entry point refuses other argument types instead of compiling in silence.
+modules under a file lock, so that of many processes that start one compiles and the others
+wait; after that an entry point refuses other argument types instead of compiling in silence.
+Under its lock it can share the work with forked processes: each entry point has an index
+file of its own in numba's cache, and an entry point is compiled by one of them. How code is
+made is in `compiling.py`.
 """
 
 from __future__ import annotations
@@ -21,10 +24,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import gc
 import hashlib
+import itertools
 import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -33,13 +40,14 @@ from typing import Any
 import llvmlite
 import numba
 from llvmlite import binding as llvm
-from numba import _dynfunc, cfunc, njit, types
-from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import CompilerBase, DefaultPassBuilder
-from numba.core.compiler_machinery import register_pass
-from numba.core.typed_passes import NativeLowering
+from numba import cfunc, njit, types
+from numba.core.bytecode import FunctionIdentity
+from numba.core.caching import FunctionCache
+from numba.core.dispatcher import Dispatcher
 
-__all__ = ["MEM", "cache_directory", "callback", "inlined", "kernel", "warm"]
+from dataplane.compiling import PartCompiler, WholeCompiler
+
+__all__ = ["MEM", "cache_directory", "callback", "inlined", "kernel", "missing", "warm"]
 
 MEM = types.Array(types.uint8, 1, "C")
 """The type of `mem`: the one byte array through which kernels see all memory."""
@@ -109,12 +117,43 @@ def _numba_cache() -> Iterator[None]:
         numba.config.CACHE_DIR = before
 
 
+_turn = threading.RLock()
+_held = False       # this process, or the one that has forked it in order to compile, has the cache's lock
+
+
 @contextlib.contextmanager
 def _exclusive() -> Iterator[None]:
     """One compiling process at a time: numba's cache index has no lock of its own."""
-    with open(cache_directory() / "lock", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    global _held
+    with _turn, contextlib.ExitStack() as stack:
+        if not _held:
+            lock = stack.enter_context(open(cache_directory() / "lock", "wb"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            stack.callback(_let_go)
+            _held = True
         yield
+
+
+def _let_go() -> None:
+    global _held
+    _held = False
+
+
+@contextlib.contextmanager
+def _few_collections() -> Iterator[None]:
+    """Compiling makes a great many objects that stay: to look through them again and again took a tenth of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(max(before[0], 100_000) if before[0] else 0, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+def _cached(function: Callable[..., Any]) -> bool:
+    """Whether numba has put an entry point's code into the cache; each has an index of its own."""
+    with _numba_cache():
+        return Path(FunctionCache(function)._cache_file._index_path).exists()
 
 
 def _signature(text: str) -> tuple[types.Type, tuple[types.Type, ...]]:
@@ -146,8 +185,8 @@ class Kernel:
     `dispatcher` is what other kernels and tests see as the numba function.
     """
 
-    def __init__(self, function: Callable[..., Any], signature: str) -> None:
-        self.signature = signature
+    def __init__(self, function: Callable[..., Any], signature: str, alone: bool) -> None:
+        self.signature, self.alone = signature, alone
         self.result, self.arguments = _signature(signature)
         self.inner = shared(function)
         with _numba_cache():
@@ -155,12 +194,23 @@ class Kernel:
         functools.update_wrapper(self, function)
         self._call: Callable[..., Any] | None = None
 
+    @property
+    def function(self) -> Any:
+        """What numba compiles."""
+        return self.dispatcher.py_func
+
+    @property
+    def cached(self) -> bool:
+        """Whether it needs no compiling; what has been compiled is loaded."""
+        return self._call is not None or _cached(self.function)
+
     def compile(self) -> Callable[..., Any]:
         """Loads or compiles; the result takes exactly the declared types."""
         if self._call is None:
             with _exclusive():
                 if self._call is None:      # another thread may have been first
-                    self.dispatcher.compile(self.result(*self.arguments))
+                    with _few_collections():
+                        self.dispatcher.compile(self.result(*self.arguments))
                     self.dispatcher.disable_compile()
                     self._call = self.dispatcher
         return self._call
@@ -170,128 +220,14 @@ class Kernel:
         return call(*args) if call is not None else self.compile()(*args)
 
 
-def kernel(signature: str) -> Callable[[Callable[..., Any]], Kernel]:
-    """Entry point called from Python: `@kernel("i64(mem, i64, i64)")`."""
-    return lambda function: Kernel(function, signature)
+def kernel(signature: str, alone: bool = True) -> Callable[[Callable[..., Any]], Kernel]:
+    """Entry point called from Python: `@kernel("i64(mem, i64, i64)")`. One that is not called `alone` is a part of
+    another entry point in a running dataplane, and made ready by `warm` within that one only."""
+    return lambda function: Kernel(function, signature, alone)
 
 
-# -- how kernels are put together -----------------------------------------------------------
-#
-# Numba, as it comes, optimises every function together with all that it calls, makes machine
-# code and wrappers of it, and does that again in each caller. Here a function is optimised once,
-# with only the functions that are inlined into it, and machine code is made once for each entry
-# point. The worker's step compiles in a tenth of the time.
-
-
-def _split(libraries: Iterable[Any]) -> tuple[list[Any], dict[Any, None]]:
-    """Of a library's direct callees: those to be linked in now, because they are inlined, and
-    all that must be linked into the entry point in the end (an ordered set)."""
-    now: list[Any] = []
-    later: dict[Any, None] = {}
-    for library in dict.fromkeys(libraries):
-        library._ensure_finalized()
-        if isinstance(library, _Part):
-            later.update(library.later)
-            if library.shared:
-                later[library] = None
-                continue
-        now.append(library)
-    return now, later
-
-
-class _Part(JITCodeLibrary):
-    """Code of a function that only kernels call: optimised, but never made machine code."""
-
-    shared = False
-    later: dict[Any, None]
-    _linking_libraries: list[Any]
-
-    def finalize(self) -> None:
-        self._linking_libraries, self.later = _split(self._linking_libraries)
-        for library in self._linking_libraries:
-            self._final_module.link_in(library._get_module_for_linking(), preserve=True)
-        self._optimize_final_module()
-        self._finalize_dynamic_globals()
-        self._finalized = True
-
-
-class _Whole(JITCodeLibrary):
-    """Code of an entry point, with all the parts that it needs."""
-
-    _linking_libraries: list[Any]
-
-    def finalize(self) -> None:
-        now, later = _split(self._linking_libraries)
-        # Users before what they use: the linker passes over a function that nobody refers to yet.
-        self._linking_libraries = [*now, *reversed(later)]
-        super().finalize()
-
-
-@register_pass(mutates_CFG=True, analysis_only=False)
-class _WholeLowering(NativeLowering):
-    """Lowers to a `_Whole`."""
-
-    _name = "dataplane_whole_lowering"
-
-    def run_pass(self, state: Any) -> bool:
-        state.library = _Whole(state.targetctx.codegen(), state.func_id.func_qualname)
-        state.library.enable_object_caching()
-        return bool(super().run_pass(state))
-
-
-@register_pass(mutates_CFG=True, analysis_only=False)
-class _PartLowering(NativeLowering):
-    """Lowers to a `_Part`."""
-
-    _name = "dataplane_part_lowering"
-
-    def run_pass(self, state: Any) -> bool:
-        state.library = _Part(state.targetctx.codegen(), state.func_id.func_qualname)
-        state.library.shared = not state.flags.forceinline
-        state.flags.no_compile = True
-        super().run_pass(state)
-        if state.library.shared:
-            state.library.get_function(state.cr.fndesc.mangled_name).add_function_attribute("noinline")
-        # Callers find a function's code by its entry point, so there must be one of its own.
-        entry = _dynfunc.make_function(state.cr.fndesc.lookup_module(), state.func_id.func_name,
-                                       "only for kernels", _refusal(), state.cr.env, (state.library,))
-        state.cr = state.cr._replace(cfunc=entry)
-        state.targetctx.insert_user_function(entry, state.cr.fndesc, [state.library])
-        return True
-
-
-@functools.cache
-def _refusal() -> int:
-    """Address of what answers when Python calls a function that is only for kernels: the wrapper
-    of a function without parameters raises TypeError for any."""
-    nothing = njit(_nothing)
-    nothing.compile(())
-    result = nothing.overloads[()]
-    return int(result.library.get_pointer_to_function(result.fndesc.llvm_cpython_wrapper_name))
-
-
-def _nothing() -> None:
-    pass
-
-
-class _Compiler(CompilerBase):
-    """Numba's pipeline with another last pass."""
-
-    lowering: type = _WholeLowering
-
-    def define_pipelines(self) -> list[Any]:
-        manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        manager.passes = [(self.lowering if step is NativeLowering else step, text) for step, text in manager.passes]
-        manager.finalize()
-        return [manager]
-
-
-class _PartCompiler(_Compiler):
-    lowering = _PartLowering
-
-
-_WHOLE: dict[str, Any] = {"forceinline": False, "pipeline_class": _Compiler}
-_PART: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": _PartCompiler}
+_WHOLE: dict[str, Any] = {"forceinline": False, "pipeline_class": WholeCompiler}
+_PART: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": PartCompiler}
 
 
 def _without_literals(dispatcher: Any) -> Any:
@@ -320,15 +256,19 @@ class Callback:
     """
 
     def __init__(self, function: Callable[..., Any], arity: int) -> None:
-        self._function, self._arity = function, arity
+        self.function, self._arity = function, arity
         self._compiled: Any = None
         self.__doc__ = function.__doc__
+
+    @property
+    def cached(self) -> bool:
+        return self._compiled is not None or _cached(self.function)
 
     def compile(self) -> Any:
         if self._compiled is None:
             signature = I64(types.CPointer(types.uint8), *[I64] * self._arity)
-            with _exclusive(), _numba_cache():
-                self._compiled = self._compiled or cfunc(signature, cache=True, **_WHOLE, **_FLAGS)(self._function)
+            with _exclusive(), _numba_cache(), _few_collections():
+                self._compiled = self._compiled or cfunc(signature, cache=True, **_WHOLE, **_FLAGS)(self.function)
         return self._compiled
 
     @property
@@ -342,12 +282,96 @@ def callback(arity: int) -> Callable[[Callable[..., Any]], Callback]:
     return lambda function: Callback(function, arity)
 
 
-def warm(modules: Iterable[ModuleType]) -> int:
-    """Compiles or loads all entry points and callbacks of `modules`; returns how many."""
-    count = 0
-    for module in modules:
-        for value in list(vars(module).values()):
-            if isinstance(value, Kernel | Callback):
-                value.compile()
-                count += 1
-    return count
+def _entries(modules: Iterable[ModuleType]) -> list[Kernel | Callback]:
+    values = [value for module in modules for value in list(vars(module).values())]
+    return [value for value in values if isinstance(value, Callback) or isinstance(value, Kernel) and value.alone]
+
+
+def missing(modules: Iterable[ModuleType]) -> bool:
+    """Whether anything of `modules` must be compiled before it can be called."""
+    return any(not one.cached for one in _entries(modules))
+
+
+def warm(modules: Iterable[ModuleType], processes: int = 1) -> int:
+    """Compiles or loads all entry points and callbacks of `modules`; returns how many. What must be compiled is
+    shared by at most so many processes, which are forked: for callers without other threads."""
+    entries = _entries(modules)
+    if processes > 1 and not all(one.cached for one in entries):
+        with _exclusive():
+            _compile_together([one for one in entries if not one.cached], processes)
+    for one in entries:
+        one.compile()
+    return len(entries)
+
+
+# -- several processes ----------------------------------------------------------------------
+
+_WORTH = 40     # functions; a process that compiles fewer saves no time
+
+
+def _reach(function: Any) -> set[Any]:
+    """The functions that are compiled with this one, as far as names tell."""
+    found: set[Any] = set()
+    left = [function]
+    while left:
+        one = left.pop()
+        if one in found:
+            continue
+        found.add(one)
+        values = [one.__globals__.get(name) for name in one.__code__.co_names]
+        values += [cell.cell_contents for cell in one.__closure__ or ()]
+        left += [value.py_func for value in values if isinstance(value, Dispatcher)]
+    return found
+
+
+def _shares(entries: list[Kernel | Callback], processes: int) -> list[list[Kernel | Callback]]:
+    """Entry points for each process, the caller's first, such that the largest share has the fewest functions. What
+    entry points of two shares call is compiled twice."""
+    shares: list[tuple[set[Any], list[Kernel | Callback]]] = [(set(), []) for _ in range(processes)]
+    for reach, one in sorted(((_reach(one.function), one) for one in entries), key=lambda pair: -len(pair[0])):
+        largest = max(len(functions) for functions, _ in shares)
+        functions, mine = min(shares, key=lambda share: (max(len(share[0] | reach), largest), len(reach - share[0])))
+        functions |= reach
+        mine.append(one)
+    shares.sort(key=lambda share: -len(share[0]))
+    (_, first), *others = shares
+    for functions, mine in others:
+        if len(functions) < _WORTH:
+            first += mine
+    return [first, *(mine for functions, mine in others if len(functions) >= _WORTH)]
+
+
+def _compile_together(entries: list[Kernel | Callback], processes: int) -> None:
+    """Compiles in this process and in others, which leave what they have made in the cache. What one of them could
+    not compile is left, and the caller compiles it."""
+    mine, *others = _shares(entries, processes)
+    children = [_fork_compiler(share) for share in others]
+    try:
+        for one in mine:
+            one.compile()
+    except BaseException:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        for child in children:
+            os.waitpid(child, 0)
+
+
+def _fork_compiler(entries: list[Kernel | Callback]) -> int:
+    """Process number of a child that compiles these, under its parent's lock, and ends."""
+    parent = os.getpid()
+    if child := os.fork():
+        return child
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        # Numba's own functions; for ours see `WholeCompiler`. This process compiles nothing for a user.
+        FunctionIdentity._unique_ids = itertools.count(int.from_bytes(os.urandom(6), "big"))
+        for one in entries:
+            if os.getppid() != parent:
+                break
+            one.compile()
+    finally:
+        os._exit(0)

@@ -16,7 +16,6 @@ import os
 import resource
 import signal
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -165,14 +164,7 @@ class Supervisor:
     def _warm(self) -> None:
         """Compile or load all kernels: workers inherit them. Says so when it takes long."""
         kinds = {str(one.__struct_config__.tag) for one in self._config.netif}
-        notice = threading.Timer(1.0, self._say, ["compiling kernels, once for this version"])
-        notice.daemon = True
-        notice.start()
-        try:
-            warm_up(kinds)
-        finally:
-            notice.cancel()
-            notice.join()       # no second thread when workers are forked
+        warm_up(kinds, lambda: self._say("compiling kernels, once for this version"))
 
     def _open_netif(self, index: int) -> messages.NetifInfo:
         settings = self._config.netif[index]

@@ -1,7 +1,7 @@
 """One bounded step of an RX worker: receive, demultiplex, publish, transmit.
 
-Called by the worker's Python loop (workers/rx.py), which looks after signals, messages and sleep
-between steps. All kernels here run on the worker's own core; nothing in them blocks.
+Called by `serve` (workers/duty.py), which looks after spinning and sleep between steps; signals and
+messages are for the worker's Python. All kernels here run on the worker's own core; nothing in them blocks.
 
 Order inside a burst, and why: frames are counted as offered; their bytes are copied into lanes
 (staged); the netif is told that it may reuse its memory (`done`); then lanes are published and
@@ -89,7 +89,7 @@ def _timers(mem, w):
     syn_timers(mem, w)
 
 
-@kernel("i64(mem, i64, i64)")
+@kernel("i64(mem, i64, i64)", alone=False)
 def step(mem, w, budget):
     """Up to `budget` rounds over all queues; returns the frames handled, received and transmitted.
 
@@ -177,7 +177,7 @@ def _transmit_waits(mem, w):
     return False
 
 
-@kernel("i64(mem, i64)")
+@kernel("i64(mem, i64)", alone=False)
 def may_sleep(mem, w):
     """Nanoseconds that the worker may sleep on its descriptors: -1 no limit, 0 not at all. Unless 0,
     consumers ring its doorbell from now on, epochs pass without it, and `woke` must follow."""
@@ -196,7 +196,7 @@ def may_sleep(mem, w):
     return wait
 
 
-@kernel("i64(mem, i64)")
+@kernel("i64(mem, i64)", alone=False)
 def woke(mem, w):
     """After a sleep: epochs wait for this worker again, doorbells need not be rung."""
     online(mem, w)
@@ -207,7 +207,7 @@ def woke(mem, w):
 # -- the ends ------------------------------------------------------------------------------
 
 
-@kernel("i64(mem, i64)")
+@kernel("i64(mem, i64)", alone=False)
 def all_ended(mem, w):
     """1 when no frame will ever come again from any of this worker's queues."""
     for index in range(ld64(mem, w + L.W_NIF_COUNT)):

@@ -13,11 +13,11 @@ SCRIPT = """
 import sys
 from dataplane.jit import Kernel
 from workers import supervisor
-supervisor.warm_up(["tun"])
+supervisor.warm_up(["tun"], lambda: None)
 for name, module in sorted(sys.modules.items()):
     if name.startswith(("dataplane.", "workers.")) and not name.startswith("dataplane.client."):
         for value in vars(module).values():
-            if isinstance(value, Kernel) and value.__module__ == name and value._call is None:
+            if isinstance(value, Kernel) and value.alone and value.__module__ == name and value._call is None:
                 print(name, value.__name__)
 """
 
