@@ -284,7 +284,7 @@ def callback(arity: int) -> Callable[[Callable[..., Any]], Callback]:
 
 def _entries(modules: Iterable[ModuleType]) -> list[Kernel | Callback]:
     values = [value for module in modules for value in list(vars(module).values())]
-    return [value for value in values if isinstance(value, Callback) or isinstance(value, Kernel) and value.alone]
+    return [value for value in values if isinstance(value, Callback) or (isinstance(value, Kernel) and value.alone)]
 
 
 def missing(modules: Iterable[ModuleType]) -> bool:
