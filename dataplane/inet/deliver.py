@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataplane.jit import inlined, shared
 from dataplane.rings.lane import LANE_FULL, lane_publish, lane_room, lane_stage
-from dataplane.rings.wake import wake_notify
+from dataplane.rings.wake import wake_armed, wake_notify
 from dataplane.shm import layout as L
 from dataplane.shm.atomics import acquire, fence, ld64, load_relaxed, st64, store_release
 from dataplane.shm.libc import write
@@ -51,13 +51,10 @@ def wake_waiter(mem, w, wake, owner):
 
 @shared
 def _wake(mem, w, state):
-    """Wakes the socket's waiter if it sleeps. That of a TCP connection has its time later (tcp_service.py)."""
-    wake = ld64(mem, state + L.LS_WAKE)
-    if wake == 0:
-        return
+    """Wakes the socket's waiter, which sleeps."""
     table = ld64(mem, w + L.W_TABLE)
     pcb = ld64(mem, table + L.T_PCBS) + (state - ld64(mem, w + L.W_LANES)) // L.LS_BYTES * L.PCB_BYTES
-    wake_waiter(mem, w, wake, ld64(mem, pcb + L.PCB_OWNER))
+    wake_waiter(mem, w, ld64(mem, state + L.LS_WAKE), ld64(mem, pcb + L.PCB_OWNER))
 
 
 @inlined
@@ -85,7 +82,10 @@ def publish_lanes(mem, w, row):
     # consumer could arm and find its ring empty while we still see it awake: a lost wakeup.
     fence()
     for i in range(count):
-        _wake(mem, w, ld64(mem, dirty + 16 * i))
+        state = ld64(mem, dirty + 16 * i)
+        wake = ld64(mem, state + L.LS_WAKE)     # 0: a TCP connection's, whose time comes later (tcp_service.py)
+        if wake != 0 and wake_armed(mem, wake):
+            _wake(mem, w, state)
     st64(mem, w + L.W_DIRTY_COUNT, 0)
 
 

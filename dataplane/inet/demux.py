@@ -38,7 +38,7 @@ from dataplane.inet.fragments import (
     fragment_restore,
 )
 from dataplane.inet.icmp import icmp_input, icmp_unreachable
-from dataplane.inet.ip_input import IP_FRAGMENT, IP_PACKET, NO_NEXT, ip_input
+from dataplane.inet.ip_input import IP_FRAGMENT, IP_PACKET, NO_NEXT, ip_input, plain4
 from dataplane.inet.neighbour import arp_input
 from dataplane.inet.rip_input import rip_input
 from dataplane.inet.tcp_input import TCP, tcp_deliver, tcp_input
@@ -61,6 +61,7 @@ BLOCKED = 0     # input_one: a ring is full and the netif waits for it; nothing 
 TAKEN = 1
 
 _PREFETCHED = 2048  # bytes of a record; the processor is good at more by itself
+_AHEAD = 4          # packets whose records are on their way to the cache while one is copied
 
 SLOW = -1000    # verdict: one for input_one
 NOBODY = -1001  # verdict: the lookup found no socket
@@ -302,14 +303,30 @@ def _class_addresses(mem, p, cls):
 
 
 @inlined
+def _datagram(mem, table, p):
+    """A verdict on a unicast datagram of UDP: as _classify."""
+    parsed = udp_input(mem, p)
+    return parsed if parsed < 0 else _first_lookup(mem, table, p)
+
+
+@inlined
 def _classify(mem, table, nif, p):
     """First pass: 0 for a unicast datagram with a lookup under way, else a verdict."""
+    if not plain4(mem, nif, p):
+        return _classify_any(mem, table, nif, p)
+    if ld64(mem, p + L.P_PROTO) == UDP:
+        return _datagram(mem, table, p)
+    return SEGMENT if ld64(mem, p + L.P_PROTO) == TCP else SLOW
+
+
+@shared
+def _classify_any(mem, table, nif, p):
+    """The same for any frame."""
     parsed = ip_input(mem, nif, p)
     if parsed == IP_PACKET:
         if ld64(mem, p + L.P_PROTO) != UDP or ld64(mem, p + L.P_FLAGS) & L.PF_MULTICAST:
             return SEGMENT if ld64(mem, p + L.P_PROTO) == TCP else SLOW
-        parsed = udp_input(mem, p)
-        return parsed if parsed < 0 else _first_lookup(mem, table, p)
+        return _datagram(mem, table, p)
     if parsed == IP_FRAGMENT or parsed == -ledger.ARP:
         return SLOW
     return parsed
@@ -332,15 +349,26 @@ def _match(mem, table, p):
 
 
 @inlined
-def _prefetch_record(mem, state, length):
-    """Brings on the way, for writing, what the packet will be copied to, and the lane's head. A ring is larger than a
-    cache: without this a packet of 1500 bytes waits for 24 lines, one after the other."""
-    base, mask = ld64(mem, state + L.LS_BASE), ld64(mem, state + L.LS_MASK)
-    at = ld64(mem, state + L.LS_HEAD) & mask
-    record = base + L.LANE_DATA + at
+def _prefetch_record(mem, state):
+    """Brings on the way, for writing, the first lines of what the packet will be copied to, and the lane's head."""
+    base = ld64(mem, state + L.LS_BASE)
+    record = base + L.LANE_DATA + (ld64(mem, state + L.LS_HEAD) & ld64(mem, state + L.LS_MASK))
     prefetch_write(mem, record)
     prefetch_write(mem, record + 64)
     prefetch_write(mem, base + L.LANE_HEAD)
+
+
+@inlined
+def _prefetch_rest(mem, lanes, p):
+    """The other lines of a long record. A ring is larger than a cache: without this a packet of 1500 bytes waits for
+    24 lines, one after the other. A burst of them is larger than the first cache, so they come a few packets ahead."""
+    length = ld64(mem, p + L.P_L3_LENGTH)
+    if length <= 128 - L.RECORD_DATA or ld64(mem, p + L.P_VERDICT) < 0:
+        return
+    state = lanes + ld64(mem, p + L.P_VERDICT) * L.LS_BYTES
+    mask = ld64(mem, state + L.LS_MASK)
+    at = ld64(mem, state + L.LS_HEAD) & mask
+    record = ld64(mem, state + L.LS_BASE) + L.LANE_DATA + at
     for ahead in range(128, min(length + L.RECORD_DATA, _PREFETCHED, mask + 1 - at), 64):
         prefetch_write(mem, record + ahead)
 
@@ -405,8 +433,12 @@ def input_burst(mem, w, nif, count):
     for i in range(count):
         p = burst + i * L.P_BYTES
         if ld64(mem, p + L.P_VERDICT) >= 0:
-            _prefetch_record(mem, lanes + ld64(mem, p + L.P_VERDICT) * L.LS_BYTES, ld64(mem, p + L.P_L3_LENGTH))
+            _prefetch_record(mem, lanes + ld64(mem, p + L.P_VERDICT) * L.LS_BYTES)
+    for i in range(min(count, _AHEAD)):
+        _prefetch_rest(mem, lanes, burst + i * L.P_BYTES)
     for i in range(count):
+        if i + _AHEAD < count:
+            _prefetch_rest(mem, lanes, burst + (i + _AHEAD) * L.P_BYTES)
         if _conclude(mem, w, nif, burst + i * L.P_BYTES) == BLOCKED:
             return i
     return count

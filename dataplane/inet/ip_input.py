@@ -15,10 +15,10 @@ from __future__ import annotations
 from dataplane import ledger
 from dataplane.jit import inlined, shared
 from dataplane.shm import layout as L
-from dataplane.shm.atomics import be16, be32, be64, bswap32, ld8, ld32, ld64, st64
-from dataplane.wire.checksum import finish, header4_sum, ones_sum
+from dataplane.shm.atomics import be16, be32, be64, bswap16, bswap32, ld8, ld32, ld64, shr, st64
+from dataplane.wire.checksum import good, header4_sum, ones_sum
 
-__all__ = ["IP_FRAGMENT", "IP_PACKET", "NO_NEXT", "ip_input", "is_local", "link_header"]
+__all__ = ["IP_FRAGMENT", "IP_PACKET", "NO_NEXT", "ip_input", "is_local", "link_header", "plain4"]
 
 IP_PACKET = 1
 IP_FRAGMENT = 2
@@ -27,6 +27,9 @@ _NO_PACKET = 0
 TYPE_IPV4, TYPE_ARP, TYPE_VLAN, TYPE_IPV6, TYPE_QINQ, TYPE_QINQ_OLD = 0x0800, 0x0806, 0x8100, 0x86DD, 0x88A8, 0x9100
 
 HOP_BY_HOP, ROUTING, FRAGMENT, AUTHENTICATION, NO_NEXT, DESTINATION = 0, 43, 44, 51, 59, 60
+_PLAIN = 0xFFBF_0000_0000_00FF - (1 << 64)
+"""Bits of an IPv4 header's first 8 bytes: version and length; reserved bit, more fragments, offset (RFC 791 3.1)."""
+
 MAX_EXTENSIONS = 8
 """Extension headers that we follow. RFC 8200 section 4.1 has seven in its recommended order."""
 
@@ -208,7 +211,7 @@ def _ipv4(mem, nif, p, available):
         return -ledger.BAD_IP_HEADER
     if total > available:
         return -ledger.TRUNCATED
-    if finish(header4_sum(mem, at) if header == 20 else ones_sum(mem, at, header)) != 0:
+    if not good(header4_sum(mem, at) if header == 20 else ones_sum(mem, at, header)):
         return -ledger.BAD_IP_CHECKSUM
     if header > 20 and not _valid_options(mem, at + 20, header - 20):
         return -ledger.BAD_IP_OPTIONS
@@ -227,6 +230,38 @@ def _ipv4(mem, nif, p, available):
         return accepted
     # More fragments, or an offset: RFC 791 3.2.
     return IP_FRAGMENT if be16(mem, at + 6) & 0x3FFF else IP_PACKET
+
+
+@inlined
+def plain4(mem, nif, p):
+    """Whether the frame is the usual one: IPv4 without options, whole, sound, to one of our own addresses. Then the
+    descriptor is filled; else ip_input has to look, and nothing is said about why."""
+    at, available = ld64(mem, p + L.P_FRAME), ld64(mem, p + L.P_LENGTH)
+    if ld64(mem, p + L.P_LINK) == L.LINK_ETHERNET:
+        if available < 34 or ld8(mem, at) & 1 or be16(mem, at + 12) != TYPE_IPV4:
+            return False
+        at += 14
+        available -= 14
+    elif ld64(mem, p + L.P_LINK) != L.LINK_RAW:
+        return False
+    if available < 20 or ld64(mem, p + L.P_FLAGS) & L.PF_OTHERHOST:
+        return False
+    first = ld64(mem, at)
+    total = bswap16(shr(first, 16))
+    if first & _PLAIN != 0x45 or total < 20 or total > available or not good(header4_sum(mem, at)):
+        return False
+    source, target = be32(mem, at + 12), be32(mem, at + 16)
+    st64(mem, p + L.P_VLAN, -1)
+    st64(mem, p + L.P_L3, at)
+    st64(mem, p + L.P_L3_LENGTH, total)
+    st64(mem, p + L.P_L4, at + 20)
+    st64(mem, p + L.P_PROTO, ld8(mem, at + 9))
+    st64(mem, p + L.P_FAMILY, 4)
+    st64(mem, p + L.P_SOURCE_HI, 0)
+    st64(mem, p + L.P_SOURCE_LO, source)
+    st64(mem, p + L.P_TARGET_HI, 0)
+    st64(mem, p + L.P_TARGET_LO, target)
+    return _accept4(mem, nif, p, source, target) == 0 and ld64(mem, p + L.P_FLAGS) & L.PF_MULTICAST == 0
 
 
 @shared

@@ -24,7 +24,7 @@ from dataplane.rings.lane import lane_recover
 from dataplane.shm import layout as L
 from dataplane.shm.atomics import call2, call3, fence, ld64, load_acquire, load_relaxed, st64, store_relaxed
 from dataplane.shm.epoch import offline, online, quiescent
-from dataplane.shm.libc import CLOCK_MONOTONIC, CLOCK_REALTIME, clock_ns
+from dataplane.shm.libc import CLOCK_MONOTONIC, clock_ns
 
 __all__ = ["all_ended", "finish", "may_sleep", "recover", "step", "woke"]
 
@@ -39,8 +39,7 @@ TIMER_NS = 20_000_000
 
 
 @inlined
-def _read_clocks(mem, w):
-    st64(mem, w + L.W_NOW, clock_ns(mem, w + L.W_SCRATCH, CLOCK_REALTIME))
+def _read_clock(mem, w):
     st64(mem, w + L.W_MONOTONIC, clock_ns(mem, w + L.W_SCRATCH, CLOCK_MONOTONIC))
 
 
@@ -99,7 +98,7 @@ def step(mem, w, budget):
     for _ in range(budget):
         handled = 0
         st64(mem, w + L.W_BLOCKED, 0)
-        _read_clocks(mem, w)
+        _read_clock(mem, w)
         for index in range(ld64(mem, w + L.W_NIF_COUNT)):
             nif = ld64(mem, w + L.W_NIF + 8 * index)
             if _is_due(mem, w, nif):
@@ -181,7 +180,7 @@ def _transmit_waits(mem, w):
 def may_sleep(mem, w):
     """Nanoseconds that the worker may sleep on its descriptors: -1 no limit, 0 not at all. Unless 0,
     consumers ring its doorbell from now on, epochs pass without it, and `woke` must follow."""
-    _read_clocks(mem, w)
+    _read_clock(mem, w)
     wait = _wait(mem, w)
     if wait == 0 or load_relaxed(mem, w + L.W_MAILBOX) != 0:
         return 0

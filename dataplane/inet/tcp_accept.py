@@ -37,6 +37,7 @@ from dataplane.shm import layout as L
 from dataplane.shm import layout_tcp as T
 from dataplane.shm.atomics import cas, fill, ld32, ld64, load_acquire, load_relaxed, pause, shr, st64, store_release
 from dataplane.shm.epoch import offline, online
+from dataplane.shm.libc import CLOCK_REALTIME, clock_ns
 from dataplane.tcp.handshake import (
     E_BYTES,
     E_FLAGS,
@@ -248,7 +249,7 @@ def _tell(mem, w, slot, listener):
     st64(mem, a + T.A_LOCAL_HI, ld64(mem, pcb + L.PCB_LOCAL_HI))
     st64(mem, a + T.A_LOCAL_LO, ld64(mem, pcb + L.PCB_LOCAL_LO))
     state = ld64(mem, w + L.W_LANES) + listener * L.LS_BYTES
-    if stage(mem, w, state, 0, ld64(mem, w + L.W_NOW), a, T.A_BYTES) == 1:
+    if stage(mem, w, state, 0, clock_ns(mem, w + L.W_SCRATCH, CLOCK_REALTIME), a, T.A_BYTES) == 1:
         generation = ld64(mem, _pcb(mem, w, listener) + L.PCB_GENERATION) & _GENERATION
         st64(mem, pcb + L.PCB_PREVIOUS, generation << 40 | ld64(mem, state + L.LS_HEAD) >> 4)
         return 1

@@ -48,7 +48,7 @@ from dataplane.shm.atomics import (
     store_relaxed,
     store_release,
 )
-from dataplane.shm.libc import CLOCK_MONOTONIC, CLOCK_REALTIME, clock_ns, write
+from dataplane.shm.libc import CLOCK_MONOTONIC, clock_ns, write
 from dataplane.tcp.service import service_begin, service_commit, service_more, service_run
 
 __all__ = [
@@ -75,8 +75,7 @@ def _pcb(mem, w, number):
 
 
 @inlined
-def _read_clocks(mem, w):
-    st64(mem, w + L.W_NOW, clock_ns(mem, w + L.W_SCRATCH, CLOCK_REALTIME))
+def _read_clock(mem, w):
     st64(mem, w + L.W_MONOTONIC, clock_ns(mem, w + L.W_SCRATCH, CLOCK_MONOTONIC))
 
 
@@ -292,7 +291,7 @@ def continue_step(mem, w, budget):
     """Runs up to `budget` connections; returns how much there was to do. The numbers at K_DONE, K_DONE_COUNT
     of them, are the caller's to report."""
     k = ld64(mem, w + L.W_KCONT)
-    _read_clocks(mem, w)
+    _read_clock(mem, w)
     now = ld64(mem, w + L.W_MONOTONIC)
     handled = _collect(mem, w, now)
     for _ in range(budget):
@@ -313,7 +312,7 @@ def continue_may_sleep(mem, w):
     """Nanoseconds that may be slept on the doorbell and the order channel; 0: not at all. Unless 0, the
     doorbell is rung for what is due before, and `continue_woke` must follow."""
     k = ld64(mem, w + L.W_KCONT)
-    _read_clocks(mem, w)
+    _read_clock(mem, w)
     now = ld64(mem, w + L.W_MONOTONIC)
     tick = wheel_next(mem, k)
     until = tick * _MOMENT_NS if tick < FAR else NEVER
@@ -337,7 +336,7 @@ def continue_woke(mem, w):
 @kernel("i64(mem, i64)")
 def continue_recover(mem, w):
     """Before the first step: whatever a predecessor left goes on (kcont/reaper.py)."""
-    _read_clocks(mem, w)
+    _read_clock(mem, w)
     store_relaxed(mem, ld64(mem, w + L.W_TABLE) + L.T_KCONT_WAKE, L.WAKE_AWAKE)
     st64(mem, ld64(mem, w + L.W_KCONT) + K.K_TICK, tick_at(ld64(mem, w + L.W_MONOTONIC)))
     reap_recover(mem, w, ld64(mem, w + L.W_MONOTONIC))
@@ -358,7 +357,7 @@ def _orphan(mem, w, number, until):
 @kernel("i64(mem, i64, i64)")
 def continue_abandon(mem, w, consumer):
     """The consumer is gone: its connections come to their end. Returns how many there are."""
-    _read_clocks(mem, w)
+    _read_clock(mem, w)
     until = ld64(mem, w + L.W_MONOTONIC) + LINGER_NS
     count = 0
     for number in range(ld64(mem, ld64(mem, w + L.W_TABLE) + L.T_TIME_WAIT_AT)):
@@ -378,7 +377,7 @@ def continue_abandon(mem, w, consumer):
 @kernel("i64(mem, i64, i64)")
 def continue_reset(mem, w, number):
     """The connection, opened by connect, is reset. 1, or 0 if it is over already."""
-    _read_clocks(mem, w)
+    _read_clock(mem, w)
     pcb = _pcb(mem, w, number)
     if ld64(mem, pcb + L.PCB_KIND) != L.PK_CONNECTION or ld64(mem, pcb + L.PCB_STATE) != L.PCB_OPEN:
         return 0
@@ -409,7 +408,7 @@ def _unaccepted(mem, w, listener, body):
 @kernel("i64(mem, i64, i64)")
 def continue_unlisten(mem, w, listener):
     """The listener is closed: the connections that nobody has accepted are reset. Returns how many."""
-    _read_clocks(mem, w)
+    _read_clock(mem, w)
     table = ld64(mem, w + L.W_TABLE)
     count = 0
     for worker in range(ld64(mem, table + L.T_WORKERS)):

@@ -9,7 +9,7 @@ from dataplane import ledger
 from dataplane.jit import inlined
 from dataplane.shm import layout as L
 from dataplane.shm.atomics import be16, ld64, st64
-from dataplane.wire.checksum import finish, ones_sum, pseudo4_at, pseudo6
+from dataplane.wire.checksum import good, ones_sum, pseudo4_at, pseudo6
 
 __all__ = ["UDP_HEADER", "udp_input"]
 
@@ -31,7 +31,7 @@ def _checksum_fails(mem, p, at, length):
             return True         # IPv6 requires one
         pseudo = pseudo6(ld64(mem, p + L.P_SOURCE_HI), ld64(mem, p + L.P_SOURCE_LO),
                          ld64(mem, p + L.P_TARGET_HI), ld64(mem, p + L.P_TARGET_LO), 17, length)
-    return finish(ones_sum(mem, at, length) + pseudo) != 0
+    return not good(ones_sum(mem, at, length) + pseudo)
 
 
 @inlined

@@ -45,7 +45,7 @@ from dataplane.shm.atomics import exchange, ld64, load_relaxed, st64, store_rela
 from dataplane.shm.libc import futex_wait, futex_wake
 
 __all__ = [
-    "init_wake", "ring_wake", "wake_arm", "wake_disarm", "wake_init", "wake_notify", "wake_ring",
+    "init_wake", "ring_wake", "wake_arm", "wake_armed", "wake_disarm", "wake_init", "wake_notify", "wake_ring",
     "wake_sleep",
 ]
 
@@ -82,6 +82,13 @@ def wake_sleep(mem, wake, deadline_ns, scratch):
     `scratch`: 16 bytes of its own."""
     result = futex_wait(mem, wake + L.WAKE_STATE, L.WAKE_FUTEX, deadline_ns, scratch)
     return 0 if result == -_EAGAIN else result
+
+
+@inlined
+def wake_armed(mem, wake):
+    """Notifier: whether wake_notify has something to do. The caller has published and issued a fence before."""
+    # SYNC wake-state: as in wake_notify.
+    return load_relaxed(mem, wake + L.WAKE_STATE) != L.WAKE_AWAKE
 
 
 @inlined

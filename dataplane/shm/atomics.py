@@ -34,8 +34,9 @@ __all__ = [
     "acquire", "as_memory", "be16", "be32", "be64", "bswap16", "bswap32", "call1", "call2", "call3",
     "cas", "cas32", "copy", "crc32", "crc32_portable", "ctz", "exchange", "fence", "fetch_add", "fill",
     "fold", "ld8", "ld16", "ld32", "ld64", "load_acquire", "load_acquire32", "load_relaxed", "match8",
-    "pause", "pointer", "prefetch", "prefetch_write", "put_be16", "put_be32", "put_be64", "shr", "st8",
-    "st16", "st32", "st64", "store_release", "store_release16", "store_release32", "store_relaxed", "view",
+    "pause", "plus", "pointer", "prefetch", "prefetch_write", "put_be16", "put_be32", "put_be64", "remainder",
+    "shr", "st8", "st16", "st32", "st64", "store_release", "store_release16", "store_release32", "store_relaxed",
+    "view",
 ]
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -302,6 +303,23 @@ def shr(typingctx: Any, value: Any, bits: Any) -> Any:
     """Logical shift to the right of the 64 bits of `value`."""
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.lshr(args[0], args[1])
+    return int64(int64, int64), generate
+
+
+@intrinsic
+def plus(typingctx: Any, a: Any, b: Any) -> Any:
+    """Ones' complement sum of two 64-bit words: the carry is added back in."""
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pair = builder.uadd_with_overflow(args[0], args[1])
+        return builder.add(builder.extract_value(pair, 0), builder.zext(builder.extract_value(pair, 1), _I64))
+    return int64(int64, int64), generate
+
+
+@intrinsic
+def remainder(typingctx: Any, value: Any, divisor: Any) -> Any:
+    """Of the 64 bits of `value` as an unsigned number. Compared with 0, it is a multiplication for a constant."""
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.urem(args[0], args[1])
     return int64(int64, int64), generate
 
 

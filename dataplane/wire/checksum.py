@@ -12,34 +12,42 @@ way. So a checksum is stored with `st16`, and a verified range gives `finish(...
 from __future__ import annotations
 
 from dataplane.jit import inlined
-from dataplane.shm.atomics import bswap16, copy, ld8, ld16, ld32, ld64, shr, st64
+from dataplane.shm.atomics import bswap16, copy, ld8, ld16, ld32, ld64, plus, remainder, shr, st64
 
-__all__ = ["copy_sum", "finish", "header4_sum", "ones_sum", "partial", "pseudo4", "pseudo4_at", "pseudo6", "replaced"]
+__all__ = [
+    "copy_sum", "finish", "good", "header4_sum", "ones_sum", "partial", "pseudo4", "pseudo4_at", "pseudo6", "replaced",
+]
 
 _LOW32 = 0xFFFF_FFFF
 
 
 @inlined
+def _halves(word):
+    """Both 32-bit halves of a word, added."""
+    return (word & _LOW32) + shr(word, 32)
+
+
+@inlined
 def _pair(mem, at):
     """Both 32-bit halves of the 8 bytes at `at`, added."""
-    word = ld64(mem, at)
-    return (word & _LOW32) + shr(word, 32)
+    return _halves(ld64(mem, at))
 
 
 @inlined
 def _tail_sum(mem, at, size):
     """Partial sum of less than 64 bytes, without a loop: headers are this short, and the
     entry and exit of the vector loop would cost several times the sum."""
-    total = 0
+    words = 0
     if size & 32:
-        total += _pair(mem, at) + _pair(mem, at + 8) + _pair(mem, at + 16) + _pair(mem, at + 24)
+        words = plus(plus(ld64(mem, at), ld64(mem, at + 8)), plus(ld64(mem, at + 16), ld64(mem, at + 24)))
         at += 32
     if size & 16:
-        total += _pair(mem, at) + _pair(mem, at + 8)
+        words = plus(words, plus(ld64(mem, at), ld64(mem, at + 8)))
         at += 16
     if size & 8:
-        total += _pair(mem, at)
+        words = plus(words, ld64(mem, at))
         at += 8
+    total = _halves(words)
     if size & 4:
         total += ld32(mem, at)
         at += 4
@@ -59,6 +67,8 @@ def ones_sum(mem, at, size):
     and in 64 bits no carry is lost below 16 GB. LLVM makes vector adds of the loop.
     """
     total = _tail_sum(mem, at + (size & ~63), size & 63)
+    if size < 64:
+        return total
     for i in range((size >> 6) << 3):
         total += _pair(mem, at + 8 * i)
     return total
@@ -67,7 +77,7 @@ def ones_sum(mem, at, size):
 @inlined
 def header4_sum(mem, at):
     """Partial sum of an IPv4 header without options: 20 bytes, and no branch."""
-    return _pair(mem, at) + _pair(mem, at + 8) + ld32(mem, at + 16)
+    return _halves(plus(ld64(mem, at), ld64(mem, at + 8))) + ld32(mem, at + 16)
 
 
 @inlined
@@ -98,6 +108,13 @@ def _fold(total):
 def finish(total):
     """The checksum of a sum: 16 bits, to be stored with `st16`. 0 if a range was good."""
     return _fold(total) ^ 0xFFFF
+
+
+@inlined
+def good(total):
+    """Whether a sum that includes the checksum says that nothing is damaged: finish(total) == 0, in one
+    multiplication. Of a range that is not all zeros (RFC 1071 section 1: then the sum would be 0 as well)."""
+    return remainder(total, 0xFFFF) == 0
 
 
 @inlined

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scapy.utils import checksum as scapy_checksum
 
 from dataplane.jit import kernel
-from dataplane.wire.checksum import copy_sum, finish, ones_sum, partial, pseudo4, pseudo6, replaced
+from dataplane.wire.checksum import copy_sum, finish, good, ones_sum, partial, pseudo4, pseudo6, replaced
 
 
 @kernel("i64(mem, i64, i64)")
@@ -28,6 +28,16 @@ def split(mem, at, first, size):
 @kernel("i64(mem, i64, i64, i64)")
 def copied(mem, target, source, size):
     return finish(copy_sum(mem, target, source, size))
+
+
+@kernel("i64(i64)")
+def accepted(total):
+    return 1 if good(total) else 0
+
+
+@kernel("i64(i64)")
+def finished(total):
+    return finish(total)
 
 
 @kernel("i64(i64)")
@@ -123,3 +133,18 @@ def test_copy_and_sum_at_once(data: bytes, source: int, target: int) -> None:
 @given(st.integers(0, (1 << 40) - 1))
 def test_a_checksum_left_open_is_the_sum(total: int) -> None:
     assert left_open(total) % 0xFFFF == total % 0xFFFF and 0 <= left_open(total) <= 0xFFFF
+
+
+@given(st.integers(1, (1 << 62) - 1))
+def test_good_is_what_finish_makes_zero(total: int) -> None:
+    multiple = max(1, total // 0xFFFF) * 0xFFFF
+    assert accepted(multiple) == 1 and finished(multiple) == 0
+    assert accepted(total) == (finished(total) == 0)
+    assert accepted(multiple + 1) == accepted(multiple - 1) == 0
+
+
+@pytest.mark.parametrize("size", range(64))
+def test_carries_of_a_short_range(mem: Any, size: int) -> None:
+    """Words of ones carry in every addition."""
+    mem[:size] = 0xFF
+    assert stored(whole(mem, 0, size)) == expected(b"\xff" * size)
