@@ -50,6 +50,7 @@ FLOWS_MIN = 1024        # packets of fewer sockets come from several peers
 BUDGET = 256            # bursts in one step
 IP_AND_UDP = 28
 WRITER, STAMP = 1, 2
+FOREVER = 1 << 60        # packets
 _insert = lookup.bucket_insert.inner
 
 Words = npt.NDArray[np.int64]
@@ -204,6 +205,12 @@ class Crew:
         assert row.offered == row.delivered == row.deliveries and not any(row.dropped.values()), row
         return packets / (end - start)
 
+    def begin(self) -> int:
+        """Lets both run without an end; the RX worker's process."""
+        for pipe in reversed(self._pipes):
+            pipe.send(FOREVER)
+        return int(self._processes[0].pid or 0)
+
     def _sizes(self) -> tuple[int, ...]:
         return _pattern(self._bed)
 
@@ -241,6 +248,13 @@ def _one_turn(bed: Bed) -> Words:
 # -- the run -----------------------------------------------------------------------------------------------------
 
 
+def ring_bytes(sockets: int, size: str) -> int:
+    """Of each socket's lane, unless it is said."""
+    if sockets == 1:
+        return 262144
+    return 65536 if sockets <= 64 else 4096 if size == "60" else 32768
+
+
 def arguments() -> argparse.Namespace:
     parser = harness.parser(__doc__)
     parser.add_argument("--sockets", type=int, default=1024)
@@ -253,8 +267,7 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     options.kind = options.kind or ("wildcard" if options.sockets <= WILDCARD_MAX else "connected")
     if options.ring_bytes is None:
-        small = 4096 if options.size == "60" else 32768
-        options.ring_bytes = 262144 if options.sockets == 1 else 65536 if options.sockets <= 64 else small
+        options.ring_bytes = ring_bytes(options.sockets, options.size)
     if options.kind == "wildcard" and options.sockets > WILDCARD_MAX:
         parser.error(f"at most {WILDCARD_MAX} wildcard sockets: a port each")
     if options.kind == "connected" and options.sockets < FLOWS_MIN:

@@ -5,7 +5,9 @@
 
 Of the page only what is between `<!-- begin NAME -->` and `<!-- end NAME -->` is written: the tables. The last column
 of the first table, what a figure is limited by, is written by hand, in the page's comment `<!-- limits`, a line for
-each row: `NUMBER: text`. The pictures (bench/pictures.py) go to docs/performance/.
+each row: `NUMBER: text`. It names figures instead of repeating them: `{KEY}` is a median, and keys and numbers may be
+multiplied and divided from left to right, with a format behind: `{1000/demux.1:.0f} ns`, `{demux.1/demux.16:.0%}`. The
+pictures (bench/pictures.py) go to docs/performance/.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from bench.suite import GROUPS, INVOCATIONS, ROWS, Figures, Part, Row, Unmeasure
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "bench" / "results"
+
+KEYS = frozenset(invocation.key for invocation in INVOCATIONS)
 
 Line = dict[str, Any]
 
@@ -75,7 +79,8 @@ def row_table(figures: Figures, limits: Mapping[int, str]) -> str:
     lines = ["| | what | target | measured | holds | limited by |", "|---|---|---|---|---|---|"]
     for row in ROWS:
         target, measured, holds = verdict(row, figures)
-        lines.append(f"| {row.number} | {row.text} | {target} | {measured} | {holds} | {limits.get(row.number, '')} |")
+        lines.append(f"| {row.number} | {row.text} | {target} | {measured} | {holds} | "
+                     f"{filled_in(limits.get(row.number, ''), figures)} |")
     return "\n".join(lines)
 
 
@@ -92,6 +97,33 @@ def limits_of(page: str) -> dict[int, str]:
         elif line.strip() and last:
             found[last] = f"{found[last]} {line.strip()}".strip()
     return found
+
+
+def _value(word: str, figures: Figures) -> float:
+    """A number, or the median of a figure. ValueError if the suite has no such figure."""
+    try:
+        return float(word)
+    except ValueError:
+        if word not in KEYS:
+            raise ValueError(f"{PAGE.name}: there is no figure {word!r}") from None
+    return figures[word]
+
+
+def _computed(expression: str, form: str, figures: Figures) -> str:
+    """One `{...}` of the text, or which figure is missing for it."""
+    first, *others = re.split(r"([*/])", expression.replace(" ", ""))
+    try:
+        value = _value(first, figures)
+        for operator, word in zip(others[::2], others[1::2], strict=True):
+            value = value * _value(word, figures) if operator == "*" else value / _value(word, figures)
+    except Unmeasured as missing:
+        return str(missing)
+    return format(value, form) if form else number(value)
+
+
+def filled_in(text: str, figures: Figures) -> str:
+    """The text with its figures. ValueError for names that the suite does not know."""
+    return re.sub(r"\{([^{}:]+):?([^{}]*)\}", lambda match: _computed(match[1], match[2], figures), text)
 
 
 # -- all figures -------------------------------------------------------------------------------------------------

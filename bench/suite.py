@@ -168,14 +168,33 @@ TCP = [
     Invocation("tcp.echo.adaptive", "tcp", "64-byte requests, the RX worker spins for a while",
                "tcp --what echo --idle adaptive", 12)]
 
+COPIES = ((60, 1), (60, 16), (60, 1024), (1500, 16), (1500, 1024))
+
+LIMITS = [
+    *[Invocation(f"limits.copy.{size}.{sockets}", "limits", f"{size}-byte packets copied, {_sockets(sockets)}",
+                 f"limits --what copy --size {size} --sockets {sockets}", 10) for size, sockets in COPIES],
+    Invocation("limits.copy.1500.pool", "limits", "1500-byte packets copied, one ring as large as DPDK's pool",
+               "limits --what copy --size 1500 --sockets 1 --ring-bytes 16777216", 10),
+    Invocation("limits.demux.1500.16", "limits", "1500-byte packets demultiplexed, 16 sockets",
+               "demux --sockets 16 --size 1500 --kind wildcard"),
+    *_with_peers("limits.instructions", "limits", "60-byte packets, 1,024 sockets: instructions",
+                 "limits --what instructions --repeats 3", {"dpdk": "limits --what instructions --repeats 3 --of dpdk"},
+                 40),
+    *[Invocation(f"limits.instructions.{size}", "limits", f"{size}-byte packets, 1,024 sockets: instructions",
+                 f"limits --what instructions --repeats 3 --size {size}", 40) for size in (1500,)],
+    Invocation("limits.cores", "limits", "copying on two cores against one", "limits --what cores", 12),
+    Invocation("limits.call", "limits", "recvfrom in Python without a stack", "limits --what call", 4),
+    Invocation("limits.clock", "limits", "the core's frequency", "limits --what clock", 2),
+]
+
 INVOCATIONS: list[Invocation] = [
-    *RING, *DEMUX, *ENDTOEND, *CLIENT, *OFFLINE, *LIVE, *LATENCY, *OVERLOAD, *CHURN, *SCALING, *START, *TCP]
+    *RING, *DEMUX, *ENDTOEND, *CLIENT, *OFFLINE, *LIVE, *LATENCY, *OVERLOAD, *CHURN, *SCALING, *START, *TCP, *LIMITS]
 
 GROUPS = {
     "ring": "Rings between two processes", "demux": "Demultiplexing", "endtoend": "End to end",
     "client": "The client library", "offline": "Captures", "live": "Live interfaces", "latency": "Latency",
     "overload": "Overload", "churn": "Opening, closing, attaching", "scaling": "Scaling", "start": "Start",
-    "tcp": "TCP"}
+    "tcp": "TCP", "limits": "What the machine can do"}
 
 # -- what is asserted --------------------------------------------------------------------------------------------
 
