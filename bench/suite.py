@@ -117,6 +117,8 @@ OFFLINE = [
 LIVE = [
     *_of("live.af_packet", "live", "CPU time of the receiver, AF_PACKET", "live --netif af_packet",
          ("tpacket", "kernel")),
+    *_of("live.af_packet.slow", "live", "the same at 100,000 packets a second", "live --netif af_packet --rate 100000",
+         ("tpacket",)),
     *_of("live.tun", "live", "CPU time of the receiver, TUN", "live --netif tun", ("kernel",)),
     *_of("live.af_packet.rate", "live", "highest rate without loss, AF_PACKET",
          "live --netif af_packet --figure rate", ("tpacket", "kernel"), 12),
