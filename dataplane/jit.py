@@ -22,6 +22,7 @@ made is in `compiling.py`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import gc
@@ -307,6 +308,7 @@ def warm(modules: Iterable[ModuleType], processes: int = 1) -> int:
 # -- several processes ----------------------------------------------------------------------
 
 _WORTH = 40     # functions; a process that compiles fewer saves no time
+_PR_SET_PDEATHSIG = 1
 
 
 def _reach(function: Any) -> set[Any]:
@@ -367,6 +369,8 @@ def _fork_compiler(entries: list[Kernel | Callback]) -> int:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
+        # With its parent, whose locks it shares: one function may take ten seconds. Died it before, see below.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         # Numba's own functions; for ours see `WholeCompiler`. This process compiles nothing for a user.
         FunctionIdentity._unique_ids = itertools.count(int.from_bytes(os.urandom(6), "big"))
         for one in entries:

@@ -5,6 +5,9 @@ workers, as long as any of them lives; its content is the supervisor's pid. Who 
 everything of that name: the control socket, and shared-memory segments. The table segment is locked in the
 same way (`claim`), since another runtime directory has another `NAME.lock` but the same shared memory. Called
 by the supervisor and by `dataplane clean`.
+
+A supervisor that was killed leaves its lock to its workers, which are about to end: whoever wants the name then
+waits for them, for LEAVING seconds at most.
 """
 
 from __future__ import annotations
@@ -13,14 +16,19 @@ import contextlib
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import posix_ipc
+import psutil
 
 from dataplane.control.paths import lock_path, runtime_directory, socket_path
 from dataplane.errors import DataplaneError
 from dataplane.shm.segment import leftovers
+
+LEAVING = 2.0           # seconds that workers have to leave when their supervisor was killed
+_AGAIN = 0.005          # seconds between two looks at whether they have
 
 _CHOOSE = "DATAPLANE_RUNTIME_DIR chooses another one"
 
@@ -39,14 +47,18 @@ class Live(DataplaneError):
 
 @contextlib.contextmanager
 def held(name: str, uid: int) -> Iterator[list[str]]:
-    """The name is ours; yields what was removed of a dead one's. Raises `Live` if it is somebody else's.
+    """The name is ours; yields what was removed of a dead one's. Raises `Live` if it is somebody else's. Waits
+    for the workers of one that was just killed.
 
     The lock file goes at the end. Forked children keep the lock until they have ended.
     """
     directory = runtime_directory()
     path = lock_path(directory, name)
-    fd = _lock(path, name)
+    until = time.monotonic() + LEAVING
+    fd = _lock(path, name, until)
     try:
+        if _killed(_holder(fd)):
+            _await_unclaimed(uid, name, until)
         removed = _remove(directory, name, uid)
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
@@ -111,7 +123,29 @@ def _make(directory: Path) -> None:
         raise DataplaneError(f"{directory} is not ours to write in; {_CHOOSE}")
 
 
-def _lock(path: Path, name: str) -> int:
+def _holder(fd: int) -> str:
+    """What the lock file says: the pid of the supervisor that holds it, or held it last."""
+    return os.pread(fd, 32, 0).decode(errors="replace").strip()
+
+
+def _killed(pid: str) -> bool:
+    """Whether that supervisor is dead, so that a lock that is still held is its workers'. One that ended by
+    itself has removed its file."""
+    if not pid.isdecimal():
+        return False
+    try:
+        return psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _await_unclaimed(uid: int, name: str, until: float) -> None:
+    """A process that ends lets go of what it has locked one after the other: segments may follow the lock file."""
+    while any(_claimed(segment) for segment in leftovers(uid, name)) and time.monotonic() < until:
+        time.sleep(_AGAIN)
+
+
+def _lock(path: Path, name: str, until: float) -> int:
     """The lock file, locked. One that its holder removed while we were about to lock it does not count."""
     while True:
         _make(path.parent)
@@ -124,9 +158,11 @@ def _lock(path: Path, name: str) -> int:
             if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
                 return fd
         except BlockingIOError:
-            pid = os.pread(fd, 32, 0).decode(errors="replace").strip()
-            os.close(fd)
-            raise Live(name, pid) from None
+            pid = _holder(fd)
+            if time.monotonic() >= until or not _killed(pid):
+                os.close(fd)
+                raise Live(name, pid) from None
+            time.sleep(_AGAIN)
         os.close(fd)
 
 
