@@ -97,8 +97,8 @@ def _mark_dirty(mem, w, state):
     entry = ld64(mem, w + L.W_DIRTY) + 16 * count
     st64(mem, entry, state)
     st64(mem, entry + 8, ld64(mem, state + L.LS_COUNT))
-    # SYNC lane-recover: release, so that the entry comes before the count that includes it, and both before
-    # the lane's packet count changes; pairs with the acquire in step.recover of a replacement.
+    # SYNC lane-recover: release, so that the entry comes before the count that includes it; pairs with the acquire
+    # in step.recover of a replacement.
     store_release(mem, w + L.W_DIRTY_COUNT, count + 1)
 
 
@@ -112,7 +112,9 @@ def stage(mem, w, state, word, time, source, length):
         return done
     if clean:
         _mark_dirty(mem, w, state)
-    st64(mem, state + L.LS_COUNT, ld64(mem, state + L.LS_COUNT) + 1)
+    # SYNC lane-recover: release, behind the entry that has the count before; pairs with the acquire in step.recover;
+    # else the compiler could count first, and what a death in between leaves could not be taken back.
+    store_release(mem, state + L.LS_COUNT, ld64(mem, state + L.LS_COUNT) + 1)
     return 1
 
 
