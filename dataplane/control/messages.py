@@ -8,6 +8,8 @@ closes the connection, and with it everything that its consumer owned.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -242,5 +244,27 @@ Request = Attach | Bind | SegmentOf | Close | SetWake | Event | Stats | Sockets
 Reply = Attached | Bound | Given | Evented | Done | Ledger | SocketList | Failure
 
 encode = msgspec.msgpack.Encoder().encode
-decode_request = msgspec.msgpack.Decoder(Request).decode
-decode_reply = msgspec.msgpack.Decoder(Reply).decode
+_decode_request = msgspec.msgpack.Decoder(Request).decode
+_decode_reply = msgspec.msgpack.Decoder(Reply).decode
+
+
+def decode_request(data: bytes) -> Request:
+    """The request in a datagram; msgspec.DecodeError for everything else."""
+    with _one_error():
+        return _decode_request(data)
+
+
+def decode_reply(data: bytes) -> Reply:
+    """The reply in a datagram; msgspec.DecodeError for everything else."""
+    with _one_error():
+        return _decode_reply(data)
+
+
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """msgspec has other errors for text that is not UTF-8, and for what is nested more deeply than it follows: even
+    in a field that nobody knows, if that comes before the message's type."""
+    try:
+        yield
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from None

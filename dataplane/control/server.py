@@ -163,7 +163,7 @@ class Server:
             if flags & socket.MSG_TRUNC:
                 raise msgspec.DecodeError(f"longer than {messages.MAX_MESSAGE} bytes")
             request = messages.decode_request(data)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except msgspec.DecodeError as error:
             peer.send(messages.Failure(errno.EBADMSG, f"not a request: {error}"))
             self._drop(peer)
             return

@@ -208,7 +208,7 @@ def _fit(options: bytes) -> bool:
     """Whether IPv4 options end where the header does. Scapy reads on behind it."""
     while options and options[0] != 0:
         size = 1 if options[0] == 1 else int.from_bytes(options[1:2], "big")
-        if size == 0 or size > len(options):
+        if size < (1 if options[0] == 1 else 2) or size > len(options):
             return False
         options = options[size:]
     return True
