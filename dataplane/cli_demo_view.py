@@ -66,8 +66,8 @@ class Screen:
 
     def show(self, now: Moment, before: Moment, left: float) -> None:
         """The state, `left` seconds before the end."""
-        self._started = self._started or now.ledger["time"] - LINE_SLACK
-        seconds = now.ledger["time"] - self._started
+        self._started = self._started or now.ledger["uptime"] - LINE_SLACK
+        seconds = now.ledger["uptime"] - self._started
         if seconds >= self._next + 1:
             self._next = seconds // 1
             self._line(f"{seconds:3.0f} s  {_rates_line(now, before)}")
@@ -140,7 +140,7 @@ def _with_notice(what: str, notice: str, seconds: float) -> str:
 
 def _views(now: Moment, before: Moment, height: int) -> list[RenderableType]:
     """Tables, and below them what the consumers found, in so many lines if it can be."""
-    seconds = now.ledger["time"] - before.ledger["time"]
+    seconds = now.ledger["uptime"] - before.ledger["uptime"]
     rows = _socket_rows(now, before, seconds)
     notes = _notes(now)
     queues = now.ledger["queues"]
@@ -217,7 +217,7 @@ def _types(dns: dict[str, Any]) -> str:
 
 
 def _rates_line(now: Moment, before: Moment) -> str:
-    seconds = now.ledger["time"] - before.ledger["time"]
+    seconds = now.ledger["uptime"] - before.ledger["uptime"]
     offered, delivered = (_rate(now.ledger[key] - before.ledger[key], seconds) for key in ("offered", "delivered"))
     dropped = _rate(sum(now.ledger["dropped"].values()) - sum(before.ledger["dropped"].values()), seconds)
     rows = _by_consumer(_socket_rows(now, before, seconds))

@@ -24,7 +24,7 @@ UNLIMITED = 1 << 40     # an ssthresh like this has never been lowered
 
 def ledger_view(ledger: dict[str, Any], before: dict[str, Any] | None = None) -> RenderableType:
     """Totals and, if an earlier ledger is given, the rates since then: per queue, and per reason."""
-    seconds = ledger["time"] - before["time"] if before else 0.0
+    seconds = ledger["uptime"] - before["uptime"] if before else 0.0     # no matter who sets the clock
     former = {(one["netif"], one["worker"]): one for one in before["queues"]} if before else {}
     headings = [">offered/s", ">delivered/s", ">sent/s"] if before else []
     queues = FittedTable(

@@ -25,6 +25,7 @@ from workers import orders
 
 STORM_DEATHS = 5        # more than so many deaths
 STORM_SECONDS = 10.0    # in so long a time end the dataplane
+RETRY = 0.1             # seconds until a replacement that could not be forked is tried again
 
 Ticket = Callable[[], bool]
 
@@ -40,6 +41,7 @@ class Worker:
         self.channel: socket.socket | None = None
         self.ready = self.ended = False
         self.restarts = 0
+        self.astray = False                 # its core is offline, and it is not pinned
         self.ordered = self.obeyed = 0
         self.problem: str | None = None
         self.outbox: deque[tuple[bytes, int]] = deque()     # orders that the channel had no room for
@@ -183,7 +185,12 @@ class Crew:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
         if pid == 0:
             try:
                 ours.close()
@@ -225,7 +232,16 @@ class Crew:
                 f"{who} keep dying: {len(self._deaths)} deaths in {STORM_SECONDS:.0f} s, the last "
                 f"one of {worker.name}: {reason}")
         worker.restarts += 1
-        self._fork(worker)
+        self._revive(worker)
+
+    def _revive(self, worker: Worker) -> None:
+        """Fork a replacement. A machine that has no process, descriptor or memory for it has some later."""
+        if self._stopping:
+            return
+        try:
+            self._fork(worker)
+        except OSError:
+            self._loop.later(RETRY, lambda: self._revive(worker))
 
     def stop(self) -> Ticket:
         """Tell all to leave; the ticket says when all have."""

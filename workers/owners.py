@@ -143,9 +143,9 @@ class Owner:
         for pool in self.pools.values():
             yield from pool
 
-    def segment(self, number: int) -> Connections | None:
-        """Its segment of connections with that number."""
-        return next((one for pool in self.pools.values() for one in pool if one.number == number), None)
+    def segment(self, number: int) -> Mapping | None:
+        """Its segment of sockets or of connections with that number."""
+        return next((one for one in self.mappings if one is not self.home and one.number == number), None)
 
 
 def slot_bytes(ring_bytes: int, workers: int) -> int:

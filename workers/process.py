@@ -6,6 +6,7 @@ reports how many it has obeyed. It never waits for the supervisor: reports that 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -73,7 +74,8 @@ class WorkerProcess:
         if os.getppid() != self._supervisor:
             self._orphaned = True
         if cores:
-            psutil.Process().cpu_affinity(cores)
+            with contextlib.suppress(OSError, ValueError):      # offline: the supervisor sees it, and says so
+                psutil.Process().cpu_affinity(cores)
         gc.disable()
         gc.freeze()
 

@@ -26,7 +26,7 @@ from dataplane.config import Config
 from dataplane.control import messages
 from dataplane.control.access import Access
 from dataplane.control.loop import Loop
-from dataplane.control.server import Answer, Peer
+from dataplane.control.server import Answer, Peer, demand_descriptors
 from dataplane.errors import DataplaneError
 from dataplane.pcb.table import SocketSpec, Table
 from dataplane.shm import layout as L
@@ -83,6 +83,8 @@ class ControlService:
         self.closed: Counter[str] = Counter()       # counters of sockets that are no more
 
     async def serve(self, peer: Peer, request: messages.Request) -> Answer:
+        if isinstance(request, messages.Attach | messages.Bind | messages.Event):
+            demand_descriptors()
         match request:
             case messages.Attach():
                 return await self._attach(peer, request)
@@ -142,11 +144,11 @@ class ControlService:
         owner = Owner(consumer, peer.pid, peer.uid, peer.gid, sealed, home)
         self.owners[peer] = owner
         worker = self._crew.workers[consumer % len(self._crew.workers)]
-        owner.rope = another_rope(worker.rope)
         try:
+            owner.rope = another_rope(worker.rope)
             await self._obeyed(home.mapped,
                                self._crew.order(orders.Adopt(consumer, home.offset), worker=worker))
-        except DataplaneError:
+        except (OSError, DataplaneError):
             self.gone(peer)
             raise
         sockets = self._config.sockets
@@ -348,7 +350,7 @@ class ControlService:
     def _segment_of(self, owner: Owner, number: int) -> Answer:
         segment = owner.segment(number)
         if segment is None:
-            raise OSError(errno.EBADF, f"no segment {number} of connections of this consumer")
+            raise OSError(errno.EBADF, f"no segment {number} of this consumer")
         segment.given = True
         told, descriptors = describe(segment)
         return messages.Given(told), descriptors

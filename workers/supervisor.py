@@ -60,7 +60,7 @@ class Supervisor:
         self._failed: set[int] = set()          # places of failed netif queues that were told of
         self._interrupts = 0
         self._running = self._stopping = False
-        self._started = time.time()
+        self._started = time.monotonic()    # of the clock that nobody sets
         self.final: dict[str, Any] = {}
 
     # -- the whole life --------------------------------------------------------------------------------------
@@ -243,12 +243,21 @@ class Supervisor:
         self._report_failures()
         if self._stopping:
             return
+        self._look_at_cores()
         if all(worker.ended for worker in self._crew.workers) and self._nothing_left():
             self._loop.stop()
 
     def _poll_netifs(self) -> None:
         for netif in self._netifs:
             netif.poll_counters()
+
+    def _look_at_cores(self) -> None:
+        """The kernel moves a worker whose core is taken offline; it goes back when the core is there again."""
+        for worker in self._crew.workers:
+            if worker.pid and worker.ready and (pinned := _pin(worker.pid, worker.core)) == worker.astray:
+                worker.astray = not pinned
+                self._say(f"{worker.name}: its core is back" if pinned else
+                          f"{worker.name}: its core is offline; it runs on others until that is back")
 
     def _nothing_left(self) -> bool:
         return not self._service.owners or ledger.unread(self._arena.mem, self._table.offset) == 0
@@ -270,7 +279,7 @@ class Supervisor:
         workers = [self._worker_state(worker) for worker in self._crew.workers]
         beside = self._worker_state(self._crew.continuation)
         about = {"name": self._config.name, "pid": self._pid, "time": time.time(),
-                 "uptime": time.time() - self._started}
+                 "uptime": time.monotonic() - self._started}
         return about | told | {"sockets": len(self._table.open_pcbs()),
                                "consumers": len(self._service.owners), "workers": workers,
                                "continuation": {name: beside[name] for name in ("pid", "restarts", "slept", "steps")}}
@@ -301,6 +310,18 @@ class Supervisor:
 
     def _woken(self) -> None:
         self._crew.reap()
+
+
+def _pin(pid: int, core: int) -> bool:
+    """Whether the process is on this core alone, or will be from now on."""
+    try:
+        if os.sched_getaffinity(pid) != {core}:
+            os.sched_setaffinity(pid, {core})
+    except ProcessLookupError:      # it has just died
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _allow_descriptors() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from dataplane.client import drain
 from dataplane.control import messages
-from dataplane.control.wire import close_all
+from dataplane.control.wire import close_all, take
 from dataplane.errors import DataplaneError, Stopped
 from dataplane.shm import layout as L
 from dataplane.shm.bell import quiet
@@ -42,7 +42,7 @@ class EventSource:
     def __init__(self, session: Session, loop: asyncio.AbstractEventLoop) -> None:
         evented, descriptors = session.request_with(messages.Event(), messages.Evented)
         self.session, self.number = session, evented.number
-        self.descriptor = descriptors.pop(0)
+        self.descriptor = take(descriptors)
         close_all(descriptors)
         session.keep(self.descriptor)
         self._table = session.memory.table(8 * _ENTRIES)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataplane.control import messages
+from dataplane.control.wire import take
 from dataplane.errors import DataplaneError
 from dataplane.shm.arena import Arena
 from dataplane.shm.segment import Segment
@@ -36,8 +37,8 @@ class Memory:
 
     def map(self, segment: messages.Segment, descriptors: list[int]) -> int:
         """Maps a segment; its place. One without a name takes the next of `descriptors`.
-        LayoutMismatch when another version of the package made it."""
-        opened = Segment.from_fd(descriptors.pop(0)) if segment.name is None else _named(segment.name)
+        LayoutMismatch when another version of the package made it; OSError(EMFILE)."""
+        opened = Segment.from_fd(take(descriptors)) if segment.name is None else _named(segment.name)
         try:
             place = self._arena.map_fd(opened.fd, opened.size)
         finally:

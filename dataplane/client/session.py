@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from dataplane.client.memory import Memory
 from dataplane.control import messages
-from dataplane.control.wire import Connection, close_all
+from dataplane.control.wire import Connection, close_all, take
 from dataplane.errors import DataplaneError, Stopped
 from dataplane.shm import layout as L
 
@@ -59,9 +59,14 @@ class Session:
     def _attach(self) -> messages.Attached:
         request = messages.Attach(version=messages.PROTOCOL_VERSION, fingerprint=L.fingerprint())
         attached, descriptors = self.connection.request(request, messages.Attached)
-        self.doorbell = descriptors.pop(0)
-        self.keep(self.doorbell)
-        self.home = self.memory.map(attached.home, descriptors)
+        try:
+            self.doorbell = take(descriptors)
+            self.keep(self.doorbell)
+            self.home = self.memory.map(attached.home, descriptors)
+        except BaseException:
+            close_all(descriptors)
+            self._drop()
+            raise
         self._stopped = self.memory.words(self.home + L.HOME_STOPPED)
         self.poller_slots = list(range(L.HOME_MAX_POLLERS - 1, -1, -1))
         return attached
@@ -106,14 +111,22 @@ class Session:
         with self.lock:
             self._bury_orphans()
             bound, descriptors = self.request_with(request, messages.Bound)
-            self._map(bound, descriptors)
+            try:
+                self._map(bound, descriptors)
+            except OSError:     # no descriptor is free: nobody can use that socket
+                self.request(messages.Close(bound.pcb, bound.generation), messages.Done)
+                raise
             self._bury_orphans()        # the reply of an interrupted request came right before this one
             return bound
 
     def _map(self, bound: messages.Bound, descriptors: list[int]) -> None:
         try:
-            if bound.segment is not None:
-                self.memory.map(bound.segment, descriptors)
+            told = bound.segment
+            if told is None and not self.memory.knows(bound.number):    # it came when no descriptor was free
+                given, descriptors = self.request_with(messages.SegmentOf(bound.number), messages.Given)
+                told = given.segment
+            if told is not None:
+                self.memory.map(told, descriptors)
         finally:
             close_all(descriptors)
 

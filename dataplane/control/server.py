@@ -13,6 +13,7 @@ from __future__ import annotations
 import array
 import errno
 import os
+import resource
 import socket
 import struct
 import sys
@@ -30,10 +31,20 @@ from dataplane.errors import DataplaneError
 
 MAX_CONNECTIONS = 8192
 MAX_PER_STRANGER = 256      # connections of one user who is neither root nor the owner
+SPARE = 32                  # descriptors that no request is given: a worker's replacement needs some
 _BACKLOG = 256
 _ACCEPTS = 32               # connections taken in one turn of the loop
 
 Answer = tuple[messages.Reply, Sequence[int]]   # the reply, and descriptors that go with it
+
+
+def demand_descriptors(spare: int = SPARE) -> None:
+    """OSError(EMFILE) unless this process may open `spare` more."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    probe = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)      # gets the lowest number that is free
+    os.close(probe)
+    if most != resource.RLIM_INFINITY and probe > most - spare:
+        raise OSError(errno.EMFILE, f"the dataplane has no descriptors left (RLIMIT_NOFILE is {most})")
 
 
 class Peer:
@@ -128,12 +139,20 @@ class Server:
     def _admit(self, peer: Peer) -> None:
         limit = MAX_CONNECTIONS if peer.uid in (0, self._owner) else MAX_PER_STRANGER
         if self._users[peer.uid] >= limit or len(self.peers) >= MAX_CONNECTIONS:
-            peer.send(messages.Failure(errno.EAGAIN, "too many connections to this dataplane"))
-            peer.socket.close()
+            self._refuse(peer, errno.EAGAIN, "too many connections to this dataplane")
+            return
+        try:
+            demand_descriptors(SPARE // 2)      # who only looks is the last to be refused
+        except OSError as error:
+            self._refuse(peer, errno.EMFILE, error.strerror or str(error))
             return
         self.peers.add(peer)
         self._users[peer.uid] += 1
         self._await_request(peer)
+
+    def _refuse(self, peer: Peer, number: int, why: str) -> None:
+        peer.send(messages.Failure(number, why))
+        peer.socket.close()
 
     def _await_request(self, peer: Peer) -> None:
         self._loop.watch(peer.socket.fileno(), lambda: self._receive(peer))

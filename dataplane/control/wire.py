@@ -26,7 +26,7 @@ from dataplane.control import paths
 from dataplane.control.messages import MAX_MESSAGE, Attach, Failure, Message, Reply, decode_reply, encode
 from dataplane.errors import DataplaneError, LayoutMismatch, Stopped, UnknownDataplane
 
-__all__ = ["Connection", "close_all"]
+__all__ = ["Connection", "close_all", "take"]
 
 TIMEOUT = 10.0
 """Seconds after which a supervisor that does not answer is an error."""
@@ -137,8 +137,8 @@ class Connection:
             raise Stopped(f"dataplane {self.name!r} has ended")
         self._owed -= 1
         try:
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                raise DataplaneError(f"a reply of dataplane {self.name!r} did not fit: too many descriptors?")
+            if flags & socket.MSG_TRUNC:    # of descriptors alone (MSG_CTRUNC): see `take`
+                raise DataplaneError(f"a reply of dataplane {self.name!r} did not fit")
             return decode_reply(data), descriptors
         except (msgspec.DecodeError, DataplaneError) as error:
             close_all(descriptors)
@@ -175,6 +175,13 @@ def refusal(message: Message, reply: Failure) -> Exception:
     if isinstance(message, Attach) and reply.errno == errno.EPROTO:
         return LayoutMismatch(reply.message)
     return OSError(reply.errno, reply.message) if reply.errno else DataplaneError(reply.message)
+
+
+def take(descriptors: list[int]) -> int:
+    """The next descriptor of a reply. OSError(EMFILE) if this process had none free to receive it."""
+    if not descriptors:
+        raise OSError(errno.EMFILE, "no descriptor is free for what the dataplane sent (RLIMIT_NOFILE)")
+    return descriptors.pop(0)
 
 
 def close_all(descriptors: Sequence[int]) -> None:

@@ -201,3 +201,8 @@ def _standard_errors(name: str, existential: int) -> Iterator[None]:
         raise OSError(existential, os.strerror(existential), name) from error
     except posix_ipc.PermissionsError as error:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name) from error
+    except OSError as error:
+        if error.errno is None:     # how it says that there are no descriptors: this process's, or the system's
+            number = errno.EMFILE if "process" in str(error) else errno.ENFILE
+            raise OSError(number, os.strerror(number), name) from error
+        raise
