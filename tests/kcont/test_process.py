@@ -160,7 +160,7 @@ def test_it_leaves_when_the_supervisor_is_gone(post: Post) -> None:
     assert status == 0
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.stress)])
 def test_killing_it_loses_no_connection(post: Post, seed: int) -> None:
     """Slots go round: opened, over, given back, while the worker is killed at whatever it does."""
     rig, rng = post.rig, random.Random(seed)

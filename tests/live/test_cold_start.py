@@ -72,7 +72,8 @@ sys.exit(len(failed))
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.stress)])
+@pytest.mark.stress     # every day: eight processes, tests/test_jit.py
+@pytest.mark.parametrize("rounds", [20])
 def test_32_processes_share_an_empty_cache(tmp_path: Path, rounds: int) -> None:
     (tmp_path / "kernels.py").write_text(KERNELS)
     for number in range(rounds):

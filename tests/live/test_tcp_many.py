@@ -53,7 +53,8 @@ max = 32768
 time_wait = 1.0
 """
 
-each_family = pytest.mark.parametrize("family", [4, 6], ids=["ipv4", "ipv6"])
+each_family = pytest.mark.parametrize(
+    "family", [4, pytest.param(6, marks=pytest.mark.stress)], ids=["ipv4", "ipv6"])      # IPv6 every day: test_tcp.py
 
 
 @pytest.fixture(scope="module", params=["tun", "af_packet"])
